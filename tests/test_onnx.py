@@ -90,7 +90,9 @@ def found(report: dict[str, Any], check: str) -> dict[str, Any]:
 def test_an_export_is_published_with_its_proof(exported: tuple[Path, dict[str, Any]]) -> None:
     path, report = exported
     assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data", "report.json"]
-    assert report["headline"] == "the numbers that onnxruntime gives are those of its source"
+    assert report["headline"] == (
+        "the numbers that onnxruntime gives of prompts of up to 600 tokens are those of its source"
+    )
     assert found(report, "weights")["data"]["tensors"] == 13
     outputs, control = found(report, "outputs"), found(report, "negative control")
     rows = {row[0]: row for row in outputs["tables"][0]["rows"]}
@@ -487,6 +489,10 @@ def _exchanged(weights: dict[str, np.ndarray[Any, Any]]) -> None:
     weights[FIRST][:], weights[SECOND][:] = weights[SECOND].copy(), weights[FIRST].copy()
 
 
+def _folded(weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    weights[SECOND][:] *= 2
+
+
 def _one_bit(weights: dict[str, np.ndarray[Any, Any]]) -> None:
     weights["model.embed_tokens.weight"].view(np.uint32)[-1, 0] ^= 1  # of a word that no prompt has
 
@@ -496,14 +502,21 @@ def _one_bit(weights: dict[str, np.ndarray[Any, Any]]) -> None:
     [
         (_exchanged, "pytorch", "fail", f"exchanged: {FIRST} holds {SECOND}, {SECOND} holds {FIRST}"),
         (_one_bit, "ckpt-tool", "fail", "with other bits under its name: model.embed_tokens.weight"),
-        (_one_bit, "pytorch", "note", "with other bits under its name: model.embed_tokens.weight"),
+        (
+            _one_bit,
+            "pytorch",
+            "fail",
+            "model.embed_tokens.weight holds model.embed_tokens.weight but for 1 of",
+        ),
+        (_folded, "pytorch", "note", f"with other bits under its name: {SECOND}"),
     ],
 )
 def test_weights_are_compared_under_their_names(
     change: Any, producer: str, status: str, words: str,
     exported: tuple[Path, Any], converted: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Another's bits under a name, and a bit that no result shows, of an export that promises them all."""
+    """Another's bits under a name, and a bit that no result shows: of an export that promises all, and of
+    one that may fold numbers in, which changes all of a tensor."""
     path = copied(exported, tmp_path)
     _changed(path, change)
     model = onnx.load(path, load_external_data=False)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_tool.errors import fail
 from ckpt_tool.loading import loading
 from ckpt_tool.verify.accepting import check_names, unneeded
-from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode
+from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode, words_for
 from ckpt_tool.verify.provenance import origin
 from ckpt_tool.verify.report import Finding, Report, Reports
 from ckpt_tool.verify.seen import READ, SHARED, Joined, Seen, Walk
@@ -163,7 +163,15 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
 
         with timed(report.seconds, "coverage"):
             report.findings += [*coverage(subject, seen.scans), *documents(subject), *confirm(subject)]
+            if subject.direction == "to-original":
+                from ckpt_tool.verify.written_args import written_args
+
+                report.findings += written_args(subject)
     report.findings += unneeded(subject, asked.accept)
+    if subject.recorded.insisted:
+        from ckpt_tool.verify.confirm import insisted
+
+        report.findings += insisted(subject)
     if "bits" in asked.levels:
         from ckpt_tool.verify.bits import bits
 
@@ -340,11 +348,7 @@ def _claim(
     expectations: object,
 ) -> Claim:
     """What the caller asked to be shown, by name."""
-    asked = [(level, f"level {level}") for level in levels]
-    if against is not None:
-        asked.append((against, f"--against {against}"))
-    if checkpoint_id is not None:
-        asked.append(("documented", f"--checkpoint-id {checkpoint_id}"))
+    asked = [*words_for(levels, against, checkpoint_id)]
     if expectations is not None:
         asked.append(("documented", "--expectations"))
     found: Against = "manifest" if subject.manifest is not None else "nothing"

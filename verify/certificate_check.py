@@ -30,11 +30,12 @@ from ckpt_tool.verify import leaves as trees
 from ckpt_tool.verify.binomial import excluded
 from ckpt_tool.verify.certificate_form import must_fit
 from ckpt_tool.verify.certificate_lists import SECTIONS, Entries, Filed, Section, entries_of, lines_of
-from ckpt_tool.verify.claims import Claim, Judgement, claimed_without_numbers, exactness, judge
+from ckpt_tool.verify.claims import Claim, Judgement, claimed_without_numbers, exactness, judge, words_for
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.leaves import Leaf
 from ckpt_tool.verify.report import Finding, Report, Status, Table, shown
 from ckpt_tool.verify.signing import payload_of, signed_by
+from ckpt_tool.verify.strangers import taken_for
 from ckpt_tool.verify.subject import Subject, opened
 
 BYTES = 192 << 20  # of a certificate: some 160,000 tensors on both sides
@@ -202,7 +203,9 @@ def _marks(tensors: Iterable[Mapping[str, Any]]) -> set[bytes]:
 def _verdict(said: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether what a verification claims follows from its findings."""
     findings = [_as_finding(f) for f in said["findings"]]
-    judgement = judge(findings, Claim())
+    asked = said["asked"]
+    named = words_for(asked.get("levels") or (), asked.get("against"), asked.get("checkpoint_id"))
+    judgement = judge(findings, Claim(asked=tuple(dict(named).items())))
     verdict = judgement.verdict
     words = f"the verdict follows from its {len(findings)} findings"
     yield _equal("verdict", verdict, said["verdict"], words)
@@ -251,8 +254,9 @@ def _output(
         if name not in found:
             wrong.append(_finding("output", "files", "fail", "expected this file, found none", name))
         elif name not in said:
-            serious: Status = "fail" if is_model_file(Path(name).name) else "note"
-            words = "the certificate does not speak of this file"
+            taken = taken_for(name)
+            serious: Status = "fail" if taken or is_model_file(Path(name).name) else "note"
+            words = f"the certificate does not speak of this file{f', {taken}' if taken else ''}"
             wrong.append(_finding("output", "files", serious, words, name))
         elif found[name] != said[name]:
             words = f"expected SHA-256 {said[name]}, found {found[name]}"

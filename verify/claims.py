@@ -35,6 +35,8 @@ PROOFS = {
     ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }
 NOT_COMPARED = "not compared with a source"
+AS_SOURCE = "as the source has it"  # in the data of a fault that was there before
+OF_MANIFEST = ("coverage", "bits")  # the levels that compare with the manifest, where there is no source
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen
 CLASSES = (
     "differs",
@@ -74,6 +76,18 @@ class Claim:
     no_source: bool = False
 
 
+def words_for(
+    levels: Iterable[str], against: str | None, checkpoint_id: str | None
+) -> tuple[tuple[str, str], ...]:
+    """What was asked for by name, each as (level, words for it)."""
+    asked = [(level, f"level {level}") for level in levels]
+    if against is not None:
+        asked.append((against, f"--against {against}"))
+    if checkpoint_id is not None:
+        asked.append(("documented", f"--checkpoint-id {checkpoint_id}"))
+    return tuple(asked)
+
+
 @dataclass(frozen=True)
 class Judgement:
     """`headline` is one sentence without the verdict's word; `missing` says what was asked for and not
@@ -103,7 +117,7 @@ def judge(findings: Sequence[Finding], claim: Claim, could_not_run: bool = False
         return Judgement(
             "pass", "no worse than the baseline, of which it has the shortcomings that are noted"
         )
-    shown = [f"consistent with its manifest; {NOT_COMPARED}"] if claim.against == "manifest" else []
+    shown = [f"{_of_manifest(findings)}; {NOT_COMPARED}"] if claim.against == "manifest" else []
     if count := _documented(findings, claim):
         shown.insert(0, f"gives the {count} values that were asked for" if shown else (
             f"gives the {count} values that were asked for; {NOT_COMPARED}"
@@ -122,7 +136,9 @@ def exactness(findings: Sequence[Finding]) -> str | None:
     """The best class that was shown (`CLASSES`), the worst where anything failed; None where neither bits nor
     numbers were compared."""
     found = {str(f.data["exactness"]) for f in findings if "exactness" in f.data}
-    if "differs" in found or (found and any(f.status == "fail" for f in findings)):
+    if "differs" in found or (
+        found and any(f.status == "fail" and not f.data.get(AS_SOURCE) for f in findings)
+    ):
         return "differs"
     if "within the foretold difference" in found:
         return "within the foretold difference"
@@ -149,9 +165,18 @@ def _not_shown(findings: Sequence[Finding], claim: Claim) -> Iterable[str]:
         return
     elif claim.against == "nothing":
         yield f"there is no manifest either; {NOT_COMPARED} (--source PATH compares)"
+    elif not any(f.level in OF_MANIFEST and f.status == "pass" for f in findings):
+        yield f"nothing was compared with its manifest either; {NOT_COMPARED} (--source PATH compares)"
     elif not claim.no_source:
-        what = "consistent with its manifest"
+        what = _of_manifest(findings)
         yield f"{what}; {NOT_COMPARED} (--source PATH compares, --no-source accepts this)"
+
+
+def _of_manifest(findings: Sequence[Finding]) -> str:
+    """What was compared with the manifest: of names, shapes and values alone no bit is known."""
+    if any((f.level, f.check, f.status) == ("bits", "checksums", "pass") for f in findings):
+        return "consistent with its manifest"
+    return "of the names, shapes and values of its manifest, whose checksums were compared with nothing"
 
 
 def _proved(findings: Sequence[Finding]) -> str:
@@ -182,6 +207,10 @@ def _proved(findings: Sequence[Finding]) -> str:
         if f.level == "parity" and (part := f.data.get("part")):
             by_bits = ("bits", "round trip") in passed
             text += f"; {part} {'by its bits alone' if by_bits else 'was not compared'}"
+        if f.data.get("by_results"):  # of a graph, in which weights may be folded
+            text += f"; {f.data['by_results']} are not in it as they are, and judged by these prompts alone"
+        if f.data.get("insisted"):
+            text += f"; {f.data['insisted']} as given with --set, against what its files say"
         if f.data.get("trusted"):
             text += f"; only the manifest tells {f.data['trusted']}"
         if f.status == "skipped" and f.data.get("open"):

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_tool.checkpoint.base import TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
+from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert import canonical
-from ckpt_tool.convert.facts import class_of, differences, read, shown
+from ckpt_tool.convert.facts import Reading, class_of, differences, read, shown
+from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.families import family as family_called
 from ckpt_tool.convert.plan import natural
@@ -42,11 +44,14 @@ from ckpt_tool.verify.comparing_stored import (
 from ckpt_tool.verify.comparing_tensors import Pair, compared
 from ckpt_tool.verify.coverage import capped
 from ckpt_tool.verify.left_over import explained, several
+from ckpt_tool.verify.meanings import acts
 from ckpt_tool.verify.missing import not_run
 from ckpt_tool.verify.report import Finding, Report, Status, Table, number
+from ckpt_tool.verify.strangers import listing, taken_for
 from ckpt_tool.verify.strips import strip
+from ckpt_tool.verify.tokenizer_ids import Difference
 
-JSON = "tokenizer.json"
+JSON, TOKENIZER = "tokenizer.json", "tokenizer_config.json"
 GENERATION = "generation_config.json"
 MODELS = (
     "tokenizer.model",
@@ -91,6 +96,8 @@ class Compared(Report):
             words += f"; {left} in the files were left out and not compared"
         for f in open_:
             words += f"; {f.level} not compared: {f.message}"
+        said = {f.data["said"]: None for f in self.findings if "said" in f.data}
+        words += "".join(f"; {text}" for text in said)
         return Judgement("pass", f"{words}; {NO_FAMILY}" if self.as_stored else words)
 
     @property
@@ -138,7 +145,8 @@ def compare(
             report.findings += [finding("tensors", "quantised", "note", text, side) for side, text in codes]
             if codes and report.same is not None:
                 report.same = "identical after cast"
-            report.findings += [*_config(one, other), *_generation(one, other), *_tokenizer(one, other)]
+            report.findings += [*_config(one, other, bool(codes)), *_generation(one, other)]
+            report.findings += [*_tokenizer(one, other), *_tokenizer_config(one, other), *_beside(one, other)]
             differs = any(f.status == "fail" and f.level in ("tensors", "config") for f in report.findings)
             cast = report.same == "identical after cast"
             if logits or (logits is None and (differs or cast)):
@@ -315,7 +323,7 @@ def _place(element: int, shape: tuple[int, ...]) -> Iterator[int]:
 # --- documents ------------------------------------------------------------------------------------------
 
 
-def _config(one: Shown, other: Shown) -> Iterator[Finding]:
+def _config(one: Shown, other: Shown, codes: bool) -> Iterator[Finding]:
     kind = class_of(one.config)
     if kind is None or class_of(other.config) != kind:
         a, b = (shown(s.config.get("model_type")) for s in (one, other))
@@ -326,20 +334,63 @@ def _config(one: Shown, other: Shown) -> Iterator[Finding]:
         yield finding("config", "config", "skipped", text, data={"open": True})
         return
     here, there = read(one.config, kind), read(other.config, kind)
-    found = []
+    found = [*_said_by_one(here, there, codes)]
     for key, x, y in differences(here, there):
         if key == "torch_dtype":
-            continue  # the dtype of the tensors, which are compared
+            continue  # see `_stamps`
         a, b = ("nothing" if v is None else shown(v.said) for v in (x, y))
         found.append(finding("config", "config", "fail", f"{a} in A, {b} in B", key))
+    found += [*_stamps(one, other, here, there), *_acting(one.config, other.config)]
     for key in sorted(here.unknown.keys() | there.unknown.keys()):
         if here.unknown.get(key) != there.unknown.get(key):
             a, b = (shown(s.unknown.get(key, "nothing")) for s in (here, there))
-            found.append(finding("config", "config", "note", f"{a} in A, {b} in B; not known here", key))
+            text = f"{key} has {a} in A and {b} in B, which is not known here"
+            found.append(finding("config", "config", "skipped", text, key, data={"open": True}))
     yield from found
     if not any(f.status == "fail" for f in found):
         text = f"all {len(here.numbers)} values that change the numbers mean the same"
         yield finding("config", "config", "pass", text)
+
+
+def _said_by_one(here: Reading, there: Reading, codes: bool) -> Iterator[Finding]:
+    """What one file alone says that no value of a reading holds: two things of one value, code, and packing
+    where the numbers of `codes` were not compared."""
+    for side, own, others in (("A", here, there), ("B", there, here)):
+        for c in own.contradictions:
+            if c.text not in [o.text for o in others.contradictions]:
+                yield finding("config", "config", "fail", f"of {side} alone: {c.text}", c.name)
+        for key, reason in own.refused.items():
+            if key not in others.refused and not (codes and key in PACKED):
+                yield finding("config", "config", "fail", f"{side} alone has {key}, which {reason}", key)
+
+
+def _stamps(one: Shown, other: Shown, here: Reading, there: Reading) -> Iterator[Finding]:
+    """The dtype that a file says where it is none of its tensors', in which transformers 5 loads the model.
+    Where one side is the other cast, a file that was not written anew is a note."""
+    said, held = [], []
+    for side, own in ((one, here), (other, there)):
+        value = own.values["torch_dtype"].value
+        held.append({DTYPES[t.dtype].torch for t in side.checkpoint if t.dtype in FLOATS})
+        said.append(None if value in held[-1] or not held[-1] else value)
+    if said[0] == said[1]:
+        return
+    words = ["that of the tensors" if x is None else shown(x) for x in said]
+    text = f"{words[0]} in A, {words[1]} in B"
+    if held[0] == held[1]:
+        yield finding("config", "config", "fail", text, "torch_dtype")
+        return
+    label, stamp = next(("AB"[k], x) for k, x in enumerate(said) if x is not None)
+    data = {"said": f"config.json of {label} says {shown(stamp)}, which none of its tensors is"}
+    yield finding("config", "config", "note", text, "torch_dtype", data=data)
+
+
+def _acting(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Finding]:
+    """Keys that no forward pass reads and that act all the same (`meanings.acts`)."""
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key), b.get(key)
+        if x != y and (acts(key, x, y) or acts(key, y, x)):
+            text = f"{shown(a.get(key, 'nothing'))} in A, {shown(b.get(key, 'nothing'))} in B"
+            yield finding("config", "config", "fail", text, key)
 
 
 def _generation(one: Shown, other: Shown) -> Iterator[Finding]:
@@ -365,7 +416,8 @@ def _tokenizer(one: Shown, other: Shown) -> Iterator[Finding]:
             yield finding("tokenizer", "tokenizer", "pass", f"{JSON} is the same file")
             return
         try:
-            result = compared_ids(Ids(a), Ids(b))
+            segments = any(s.config.get("type_vocab_size") for s in (one, other))
+            result = compared_ids(Ids(a), Ids(b), segments=segments)
         except Unreadable as error:
             yield finding("tokenizer", "tokenizer", "skipped", str(error), JSON, data={"open": True})
             return
@@ -384,6 +436,62 @@ def _tokenizer(one: Shown, other: Shown) -> Iterator[Finding]:
             yield finding("tokenizer", "tokenizer", "pass", f"{name} is the same file")
         else:
             yield finding("tokenizer", "tokenizer", "fail", "expected the same file, found another", name)
+
+
+def _tokenizer_config(one: Shown, other: Shown) -> Iterator[Finding]:
+    """What stands beside the ids: roles, frames, sides, limits and class. Notes, as tools write them of their
+    own accord; the headline says that there are any."""
+    from ckpt_tool.verify.beside import Beside, Damaged
+    from ckpt_tool.verify.tokenizer_config import differences as other_words
+    from ckpt_tool.verify.tokenizer_config import roles, templates, wrong_roles
+
+    data = {"said": f"{TOKENIZER} says other things, which are noted"}
+    there = [TOKENIZER in s.documents for s in (one, other)]
+    if not any(there) or not any(JSON in s.documents for s in (one, other)):
+        return
+    if not all(there):
+        data = {"said": f"{TOKENIZER} is in {'AB'[there.index(True)]} alone"}
+        yield finding("tokenizer", "tokenizer config", "note", data["said"], data=data)
+        return
+    try:
+        a, b = (Beside.parse(s.documents[TOKENIZER](), TOKENIZER) for s in (one, other))
+    except Damaged as damage:
+        yield finding("tokenizer", "tokenizer config", "note", str(damage), TOKENIZER, data=data)
+        return
+    found = [*wrong_roles(roles(a), roles(b), ""), *other_words(a, b, alike=(), begins=False, ends=False)]
+    chats = [
+        {k: text for k, (_, text) in templates({TOKENIZER: x}, _jinja(s)).items()}
+        for x, s in ((a, one), (b, other))
+    ]
+    if chats[0] != chats[1]:
+        found.append(Difference("chat_template", "expected one chat template, found two"))
+    for d in found:
+        yield finding(
+            "tokenizer", "tokenizer config", "note", d.message, f"{TOKENIZER}: {d.where}", data=data
+        )
+
+
+def _jinja(side: Shown) -> dict[str, str]:
+    """The files of chat templates, by name."""
+    return {n: read().decode("utf-8", "replace") for n, read in side.documents.items() if is_template(n)}
+
+
+def _taken(side: Shown) -> set[str]:
+    """The files of a folder in the Hugging Face layout that loaders take and that are none of its own."""
+    if not side.layout.startswith("Hugging Face"):
+        return set()
+    known = {*side.documents, *(p.name for f in side.checkpoint.files.values() for p in f.paths)}
+    return {n for n in listing(side.checkpoint.path).names if n not in known and taken_for(n)}
+
+
+def _beside(one: Shown, other: Shown) -> Iterator[Finding]:
+    """Files of one folder alone that loaders take with the model: adapters, code, other weights."""
+    a, b = (_taken(side) for side in (one, other))
+    for label, own, others in (("A", a, b), ("B", b, a)):
+        for name in sorted(own - others):
+            text = f"{label} alone has {name}: {taken_for(name)}"
+            data = {"said": f"{label} alone has files that loaders take, which are noted"}
+            yield finding("tensors", "beside", "note", text, name, data=data)
 
 
 # --- numbers --------------------------------------------------------------------------------------------

@@ -28,6 +28,16 @@ def confirm(subject: Subject) -> list[Finding]:
     return [*wrong, *notes]
 
 
+def insisted(subject: Subject) -> list[Finding]:
+    """What the user says now that the source's files say otherwise: the verdict is of these facts."""
+    found = subject.recorded.insisted
+    if not found:
+        return []
+    text = f"given with --set, against what the source says: {'; '.join([*found.values()][:SHOWN])}"
+    data = {"insisted": ", ".join([*found][:SHOWN])}
+    return [Finding(LEVEL, "settings", "note", text, data=data)]
+
+
 def _finding(status: Status, message: str, where: str | None = None) -> Finding:
     return Finding(LEVEL, CHECK, status, message, f"{MANIFEST}: {where}" if where else MANIFEST)
 

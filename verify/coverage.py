@@ -21,6 +21,7 @@ from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.accepting import undeclared, undeclared_cast
+from ckpt_tool.verify.claims import AS_SOURCE
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import explained, is_table, left_over
 from ckpt_tool.verify.listed import leaves_out, listed
@@ -306,8 +307,26 @@ def _as_recorded(subject: Subject) -> Iterator[Finding]:
         yield finding("target tensors", "pass", f"all {len(there)} tensors are those of the manifest")
 
 
+def _odd(subject: Subject, tensor: TensorInfo, text: str, data: dict[str, Any], look: bool) -> Finding:
+    """A tensor that cannot be what anybody trained: a fault, which may be the source's own; `look` says to
+    find out."""
+    from ckpt_tool.verify.bits import compare  # whose module is above this one
+
+    plan = subject.plan if subject.source is not None else None
+    steps = (
+        []
+        if plan is None or not look
+        else [s for s in plan.steps if tensor.name in [p.name for p in s.targets]]
+    )
+    if steps:
+        found = compare(subject, steps)
+        if not found.differences and not found.missing:
+            text, data = f"{text}, {AS_SOURCE}", {**data, AS_SOURCE: True}
+    return finding("values", "fail", text, tensor.name, data=data)
+
+
 def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
-    wrong, notes = [], []
+    wrong, notes = list[Finding](), list[Finding]()
     for s in scans:
         name, values = s.tensor.name, s.values
         if is_table(name):
@@ -319,13 +338,13 @@ def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
             at = tuple(int(k) for k in np.unravel_index(values.first, s.tensor.shape or (1,)))
             text = f"expected finite values, found {values.non_finite} that are not, the first at {at}"
             data = {"kind": "non-finite", "count": values.non_finite, "first": list(at)}
-            wrong.append(finding("values", "fail", text, name, data=data))
+            wrong.append(_odd(subject, s.tensor, text, data, len(wrong) < SHOWN))
         elif values.all_zero and name.endswith("bias"):
             notes.append(finding("values", "note", "all values are zero", name))
         elif values.all_zero or values.denormal_only:
             what = "only zeros" if values.all_zero else "only denormal values"
             text = f"expected weights, found {what} ({s.tensor.numel} elements)"
-            wrong.append(finding("values", "fail", text, name, data={"kind": "non-finite"}))
+            wrong.append(_odd(subject, s.tensor, text, {"kind": "non-finite"}, len(wrong) < SHOWN))
     yield from capped(wrong)
     yield from capped(notes)
     floating = sum(s.tensor.dtype in FLOATS for s in scans)

@@ -13,6 +13,8 @@ from typing import Any
 
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.weight_sets import is_template
+from ckpt_tool.convert.facts_classes import GENERATION as FOR_GENERATION
+from ckpt_tool.convert.facts_classes import IDLE
 from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.errors import CkptToolError
@@ -162,9 +164,26 @@ def _generation(
         finding("generation config", "fail", f"{text}; it changes what is generated", f"{GENERATION}: {key}")
         for key, text in generation.differences(want, found)
     ]
+    if found.get("_from_model_config"):
+        wrong += _from_config(subject, want)
     yield from capped(wrong)
     if not wrong:
         yield finding("generation config", "pass", "generation begins, samples and ends as the source says")
+
+
+def _from_config(subject: Subject, want: Mapping[str, Any]) -> Iterator[Finding]:
+    """Sampling values of config.json that the source's has not, by which releases 4 generate where the file
+    beside it says that it was made of that one (4.37.2 and 4.57.6, generation/utils.py)."""
+    assert subject.plan is not None
+    planned = {k: v.value for k, v in subject.plan.config.items()}
+    acting = {
+        *generation.DEFAULTS,
+        *(k for k, why in IDLE.items() if why == FOR_GENERATION),
+    } - generation.OUTPUT
+    inside = {k: v for k, v in subject.config.items() if k in acting and planned.get(k, ()) != v}
+    for key, text in generation.differences({k: want[k] for k in want if k in inside}, inside):
+        text += f"; releases 4 of transformers generate with it, as {GENERATION} says _from_model_config"
+        yield finding("generation config", "fail", text, f"config.json: {key}")
 
 
 def _templates(

@@ -50,6 +50,10 @@ DEFAULTS: Mapping[str, Any] = {
     "use_model_defaults": True,
 }
 
+# Of these what a search gives beside its tokens, and how it is computed.
+OUTPUT = frozenset(("output_attentions", "output_hidden_states", "output_scores", "output_logits",
+                    "return_dict_in_generate", "use_cache", "low_memory"))  # fmt: skip
+
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(key, what was expected and found) for every value that says another thing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.facts import Meaning, Reading, class_of, classes, differences, read, same, shown
-from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS, PACKED
+from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS, PACKED, TRAINING
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 
@@ -27,6 +27,26 @@ NO_NUMBER = (
 # tuples when they are otherwise.
 NEVER_NULL = ("num_labels", "pruned_heads", "chunk_size_feed_forward")
 NAMED = {"return_dict": True, "torchscript": False}
+# Keys of every class that no forward pass reads and that act all the same where they say anything.
+ACTING = {
+    "chunk_size_feed_forward": "by which encoders take a text apart, and raise where it does not divide it",
+    "prefix": "which pipelines of transformers put before every text",
+    "task_specific_params": "which pipelines of releases 4 generate with",
+}
+RAISES = "with which releases of transformers do not load or run it"
+# Of keys that name a way to compute the ways that there are (4.37.2 to 5.23.0).
+ATTENTION = (
+    *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"),
+    "flex_attention",
+)
+CHOICES = {
+    "_attn_implementation": ATTENTION,
+    "attn_implementation": ATTENTION,
+    "cache_implementation": (
+        *("dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid", "hybrid_chunked"),
+        *("sliding_window", "dynamic_full", "offloaded_hybrid", "offloaded_hybrid_chunked", "paged", "mamba"),
+    ),
+}
 # Of single classes, which do not ask for them: the same releases load and run these with a null.
 UNASKED = (
     *("activation_dropout", "experts_per_token", "initial_context_length"),
@@ -213,9 +233,36 @@ def _raising(config: Mapping[str, Any], found: Reading, planned: Mapping[str, An
         elif key in NAMED and bool(value) is not NAMED[key]:
             said = f"{shown(NAMED[key])} or no such key, found {shown(value)}"
             text = f"expected {said}, with which results are tuples, or releases of transformers raise"
+        elif (words := acts(key, value, want)) is not None:
+            text = words
         else:
             continue
         yield finding("fail", text, f"config.json: {key}", data={"expected": want, "found": value})
+
+
+def acts(key: str, value: Any, want: Any) -> str | None:
+    """What a key says that no forward pass reads, and that acts on a loader or on what is made of results."""
+    asked = "no such key" if want is None else shown(want)
+    if key in ACTING and value:
+        return f"expected {asked}, found {shown(value)}, {ACTING[key]}"
+    if key in CHOICES and value is not None and value not in CHOICES[key]:
+        other = "" if key == "cache_implementation" else "a kernel that is fetched from elsewhere, or "
+        return (
+            f"expected {', '.join(CHOICES[key])} or no such key, found {shown(value)}: {other}none that loads"
+        )
+    counts = IDLE.get(key) == TRAINING and key != "problem_type"
+    if (counts or key == "use_cache") and isinstance(value, str | list | dict):
+        return f"expected a number, true or false, found {shown(value)}, {RAISES}"
+    if key in PACKED and value == {}:
+        return f"expected {asked}, found an empty object, {RAISES}"
+    return None
+
+
+def _spoken(packing: Any) -> Any:
+    """What a quantization_config says: transformers 5 writes nulls and `dequantize` of its own accord."""
+    if not isinstance(packing, Mapping):
+        return packing
+    return {k: v for k, v in packing.items() if v is not None and not (k == "dequantize" and v is False)}
 
 
 def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:
@@ -224,7 +271,7 @@ def _packing(subject: Subject, planned: Mapping[str, Any]) -> Iterator[Finding]:
         return
     for key in PACKED:
         want, have = planned.get(key), subject.config.get(key)
-        if not same(want, have):
+        if not same(_spoken(want), _spoken(have)):
             text = f"expected {shown(want)}, how the codes are to be read, found {shown(have)}"
             data = {"expected": want, "found": have, "name": key}
             yield finding("fail", text, f"config.json: {key}", data=data)

@@ -432,9 +432,11 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     renamed = [name for name in names if not in_graph(file, tensors, name)]
     held = _held(file) if renamed else {}
     wanted: dict[str, bytes] = {}
+    seen: set[bytes] = set()
     for name in renamed:
         x = tensors[name].numpy()
         right = {_digest(x), _digest(x.T)}
+        seen |= right
         there = name in file.tensors and file.tensors[name].shape in (x.shape, x.T.shape)
         if x.size and not right & ({held[name]} if there and name in held else set(held.values())):
             missing.append(name)
@@ -447,7 +449,32 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
         theirs = {_digest(tensors[name].numpy()): name for name in names}
         exchanged = [(name, theirs[wanted[name]]) for name in other if wanted[name] in theirs]
     own = file.model.producer_name == PRODUCER and any(file.tensors[n].dtype == "F32" for n in other)
-    return [_in_it(len(names), missing, other, exchanged, rounded, own)]
+    found = {*names} - {*renamed}
+    loose = [n for n, digest in held.items() if n not in found and digest not in seen]
+    texts = (_in_part(file, n, tensors[n].numpy(), loose) for n in missing if n not in rounded)
+    partly = [text for text in texts if text]
+    return [_in_it(len(names), missing, other, exchanged, rounded, own, partly)]
+
+
+def _in_part(file: OnnxFile, name: str, x: np.ndarray, loose: list[str]) -> str | None:
+    """In words, where one of the graph's tensors is this one but for the lesser part of its numbers: what
+    folds something in changes all of them, and of rows that no prompt has no result tells."""
+    for n in loose:
+        t = file.tensors[n]
+        if t.dtype not in ("F32", "F16") or t.shape not in (x.shape, x.T.shape):
+            continue
+        found = np.empty(t.shape, DTYPES[t.dtype].value)
+        file.read_into(n, 0, found.reshape(-1).view(np.uint8).data)
+        for wanted in (x, x.T) if t.shape == x.shape[::-1] and x.ndim == 2 else (x,):
+            if wanted.shape != t.shape:
+                continue
+            with np.errstate(over="ignore"):
+                rounded = wanted.astype(found.dtype)
+            same = rounded.view(f"u{found.itemsize}") == found.view(f"u{found.itemsize}")
+            full = wanted != 0  # which no factor changes
+            if not same.all() and 2 * int((same & full).sum()) > int(full.sum()):
+                return f"{n} holds {name} but for {int((~same).sum()):,} of its {same.size:,} numbers"
+    return None
 
 
 def _halved(x: np.ndarray) -> set[bytes]:
@@ -466,9 +493,10 @@ def _in_it(
     exchanged: list[tuple[str, str]],
     rounded: list[str],
     own: bool,
+    partly: list[str],
 ) -> Finding:
     """`rounded` are those that are there in float16. `own`: of an export of this program, which keeps every
-    bit, where others may fold numbers in."""
+    bit, where others may fold numbers in; `partly` says which are there but for some numbers."""
     found = count - len(missing)
     if not missing:
         text = f"all {found} tensors of the source are in it bit for bit, in float32"
@@ -478,6 +506,8 @@ def _in_it(
     if exchanged:
         pairs = [f"{name} holds {whose}" for name, whose in exchanged]
         text += f"; exchanged: {_few_of(pairs)}"
+    if partly:
+        text += f"; not folded and not the same: {_few_of(partly)}"
     if rounded:
         text += f"; {len(rounded)} rounded to float16: {_few_of(rounded)}"
     if other:
@@ -485,8 +515,9 @@ def _in_it(
     if absent:
         text += f"; not {_few_of(absent)}: folded, or not used"
     data: dict[str, Any] = {"tensors": found, "missing": missing[:100], "other_bits": other[:100]}
+    data["by_results"] = f"{len(missing)} of {count} tensors"
     data |= {"float16": rounded[:100]} if rounded else {}
-    status: Status = "fail" if exchanged or (own and other) else "note"
+    status: Status = "fail" if exchanged or partly or (own and other) else "note"
     return Finding(LEVEL, "weights", status, text, data=data | {"exchanged": exchanged[:100]})
 
 
@@ -525,6 +556,8 @@ def _outputs(compared: list[Compared], judged: Judged, source: Source) -> Findin
     )
     data: dict[str, Any] = {"exactness": "differs" if over else "within noise floor", "max_delta": delta}
     data |= {"max_delta_float32": near, "within_tolerance": agree, "results": len(compared)}
+    longest = max(case.ids.shape[-1] for case in judged.cases)  # a graph may do anything beyond
+    data["sampled"] = f"prompts of up to {longest:,} tokens"
     if over:
         c = max(over, key=lambda c: c.exact.nmse)
         text = (

@@ -563,7 +563,10 @@ def _unseen(converted: Side, prompts: Mapping[str, Prompt], in_part: bool) -> li
         why = "layers that did not run, experts never chosen, or unused"
         why = why if in_part else "experts never chosen, or unused"
         text = f"{len(unread)} of {len(weights)} tensors were not read by any prompt ({why})"
-        made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data={"tensors": unread[:100]}))
+        data: dict[str, Any] = {"tensors": unread[:100]}
+        if not in_part:  # which the headline says of itself
+            data["part"] = f"what no prompt reached ({len(unread)} of {len(weights)} tensors)"
+        made.append(finding("unseen", "note", text, ", ".join(unread[:3]), data=data))
     longest, window = max(map(len, rows)), max(converted.windows or (), default=0)
     if longest <= window:
         text = f"the longest prompt has {longest} tokens and cannot see the sliding window of {window}"

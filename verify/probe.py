@@ -52,6 +52,7 @@ SPACES: tuple[str, ...] = (
     "　全角　空白　",
     "a\u2003b\u2009c\x0bd\x0ce\x85f",
 )
+PAIR = ("Hello world", "a")
 ROUND = ("{}", " {}", "{} ", "a{}b", "a {} b", "{0}{0}", "\n{}\n", "{}.")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
@@ -31,10 +31,12 @@ RULES = re.compile(
 @dataclass(frozen=True)
 class Recorded:
     """Facts that the manifest records as given with --set, in words: those that the source `contradicts`, and
-    those that stand although nothing in the source says so (`trusted`)."""
+    those that stand although nothing in the source says so (`trusted`). `insisted` are those that are given
+    now, each by its name, against what the source's files say."""
 
     contradicts: tuple[str, ...] = ()
     trusted: tuple[str, ...] = ()
+    insisted: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_source(
@@ -87,7 +89,22 @@ def settled(
                 f"manifest as given by the user; --set {name}={shown} says that it is right"
             )
             del kept[name]
-    return Recorded(tuple(contradicts), tuple(trusted)), replace(options, settings=kept)
+    insisted = _insisted(plan, replace(options, settings=kept), given)
+    return Recorded(tuple(contradicts), tuple(trusted), insisted), replace(options, settings=kept)
+
+
+def _insisted(plan: Callable[[Options], Plan], options: Options, given: Mapping[str, Any]) -> dict[str, str]:
+    """What is given now where the source's files say another value, in words."""
+    made = {}
+    for name in (n for n in options.settings if n in given):
+        try:
+            rest = {k: v for k, v in options.settings.items() if k != name}
+            alone = plan(replace(options, settings=rest)).config.get(name)
+        except CkptToolError:
+            continue  # which does not tell it
+        if alone is not None and alone.value != given[name] and not RULES.match(alone.source):
+            made[name] = f"{name} = {_shown(given[name])} instead of {_shown(alone.value)} ({alone.source})"
+    return made
 
 
 def _shown(value: Any) -> str:

@@ -101,11 +101,14 @@ def strangers(names: Iterable[str], known: Collection[str]) -> Iterator[Stranger
     for name in names:
         if name in known:
             continue
-        yield Stranger(name, _loaded(name.lower()))
+        yield Stranger(name, taken_for(name))
 
 
-def _loaded(name: str) -> str | None:
-    base = name
+def taken_for(name: str) -> str | None:
+    """What a file is to a loader, by its name below the folder; None where none takes it."""
+    name = base = name.lower()
+    if name in _ENTERED:  # a link, whose files are not listed
+        return "a link to a folder that a loader looks into"
     for folder in _ENTERED:
         base = base.removeprefix(folder)
     if "/" in base or _TRAINING.fullmatch(base):

@@ -11,6 +11,7 @@ from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, Ids, flags, shown
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_ROLES = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+NO_TOKENS = ("add_bos_token", "add_eos_token")
 NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
 CODE = ("auto_map", "custom_pipelines")
 # The class that reads the file as it stands, under its names of transformers 4 and 5.
@@ -27,10 +28,18 @@ FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 # Classes that pad before a text where the file does not say on which side (`padding_side` of the class).
 PADS_LEFT = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"))
 # Keys with which no release loads a tokenizer: with a value, or at all, as that is a method's name.
-NEVER = ("init_inputs", "tokenizer_file", "tokenizer_object")
+NEVER = ("init_inputs", "tokenizer_file", "tokenizer_object", "from_slow")
+WITHOUT = {"from_slow": "release 4 builds it anew from other files, or raises"}
 METHOD = "add_special_tokens"
+# How keys end that name another file to read: release 4 takes what stands there before the folder's own.
+OTHER_FILE = "_file"
+READ_APART = ("tokenizer_config_file", "special_tokens_map_file", "added_tokens_file", "chat_template_file")
 # And those of which none takes a null.
 ENTITY_TOKENS = ("token_1", "token_2", "unk_token", "pad_token", "mask_token", "mask2_token")
+OLD_WORDS = {
+    "legacy": "the class of release 4 that reads tokenizer.model itself makes other ids after special tokens",
+    "use_default_system_prompt": "release 4.37 puts a system prompt before chats where there is no template",
+}
 NOT_NULL = (
     *("padding_side", "truncation_side", "model_input_names", "added_tokens_decoder"),
     *(f"entity_{name}" for name in ENTITY_TOKENS),
@@ -91,6 +100,14 @@ def differences(
     yield from _class(expected.get("tokenizer_class"), found.get("tokenizer_class"), alike)
 
 
+def old_words(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
+    """Keys that act in one class of release 4 alone, which published models of one kind have either way."""
+    for key, what in OLD_WORDS.items():
+        if key in found and found[key] != expected.get(key, found[key]):
+            said = f"{shown(expected[key])} in the source's, {shown(found[key])} here"
+            yield Difference(key, f"{said}: {what}")
+
+
 def _clean_up(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
     """Whether decoding takes spaces away. Absent: yes in the first releases of transformers 4, no since."""
     key = "clean_up_tokenization_spaces"
@@ -124,7 +141,15 @@ def _loads(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Di
     for key in (METHOD, *NEVER):
         acts = key in found if key == METHOD else found.get(key)
         if acts and not (key in expected and expected[key] == found[key]):
-            text = f"expected no such key, found {shown(found[key])}, with which none loads it"
+            what = WITHOUT.get(key, "none loads it")
+            text = f"expected no such key, found {shown(found[key])}, with which {what}"
+            yield Difference(key, text)
+    for key, value in found.items():
+        named = key.endswith(OTHER_FILE) and key not in (*NEVER, *READ_APART)
+        if named and value and value != expected.get(key):
+            text = (
+                f"expected no such key, found {shown(value)}, which release 4 reads instead of its own file"
+            )
             yield Difference(key, text)
     for key in NOT_NULL:
         if key in found and found[key] is None and expected.get(key, key) is not None:
@@ -196,9 +221,12 @@ def wrong_roles(
 
 
 def listed(*documents: Mapping[str, Any]) -> set[str]:
-    """Further tokens that the documents call special; those with names of their own by their text."""
+    """Further tokens that the documents call special; those with names of their own by their text, which is
+    any key that ends as a role does (transformers 5)."""
     found: set[str] = set()
     for document in documents:
+        own = (k for k in document if k.endswith("_token") and k not in (*ROLES, *DEFAULTS, *NO_TOKENS))
+        found |= {text for key in own if (text := content(document[key])) is not None}
         for key in MORE_ROLES:
             value = document.get(key)
             entries = (

@@ -20,6 +20,7 @@ from ckpt_tool.verify.tokenizer_config import (
     GENERIC,
     differences,
     listed,
+    old_words,
     plain_class,
     roles,
     wrong_flags,
@@ -237,7 +238,7 @@ def _ids(
     except (Damaged, Unreadable) as error:
         result.fail(JSON, str(error))
         return expected
-    compared = compare(expected, found)
+    compared = compare(expected, found, segments=bool(subject.config.get("type_vocab_size")))
     result.texts = compared.texts
     if _is_built(want, expected, found, compared.differences):
         text = (
@@ -250,6 +251,10 @@ def _ids(
     if compared.spelled:
         text = f"{', '.join(compared.spelled)}: written in another way, with the same ids"
         result.notes.append(finding("note", f"{text} for {compared.texts:,} texts", JSON))
+    if compared.apart:
+        result.notes.append(
+            finding("note", f"{compared.apart}, which a model without segments is not given", JSON)
+        )
     return expected
 
 
@@ -425,6 +430,12 @@ def _configs(
             result.fail(f"{ADDED}: {shown(text)}", words)
 
 
+def _old(expected: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Keys of the tokenizer's config that act in one class of an old release alone."""
+    differ = old_words(expected.get(CONFIG, {}), found.get(CONFIG, {}))
+    return [finding("note", d.message, f"{CONFIG}: {d.where}") for d in differ]
+
+
 def _with_class(
     subject: Subject,
     expected: Mapping[str, Any],
@@ -485,7 +496,8 @@ def _listed(
     known: Mapping[int, Mapping[str, Any]],
     result: _Result,
 ) -> None:
-    """Further special tokens: each is one of the source's."""
+    """Further special tokens, each of which is one of the source's, and words of old releases."""
+    result.notes += _old(expected, found)
     wanted = listed(*expected.values()) | {str(t.get("content")) for t in known.values() if t.get("special")}
     for name, document in found.items():
         if name == ADDED:

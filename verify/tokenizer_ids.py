@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_tool.records import dataclass
-from ckpt_tool.verify.probe import texts
+from ckpt_tool.verify.probe import PAIR, texts
 
 MAX_BYTES = 64 << 20
 MAX_PIECES = 400_000  # of a vocabulary whose pieces become texts of their own
 FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 SETTINGS = ("truncation", "padding")
+LONGEST_WORD = "max_input_chars_per_word"  # characters, beyond which WordPiece takes a word for unknown
 SHOWN = 60
 
 
@@ -33,11 +34,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`spelled` are the parts that are written in another way and did the same to all of `texts`."""
+    """`spelled` are the parts that are written in another way and did the same to all of `texts`, `apart`
+    says what they do otherwise to two texts in one row."""
 
     differences: tuple[Difference, ...]
     spelled: tuple[str, ...]
     texts: int
+    apart: str | None = None
 
 
 class Ids:
@@ -102,8 +105,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def compare(expected: Ids, found: Ids) -> Comparison:
-    """Every difference that acts, the one that explains most first."""
+def compare(expected: Ids, found: Ids, *, segments: bool = True) -> Comparison:
+    """Every difference that acts, the one that explains most first; `segments` tells whether the model takes
+    two texts in one row."""
     differences = [*_vocabulary(expected.vocabulary, found.vocabulary)]
     normal = expected.normalizes(found.added) or found.normalizes(expected.added)
     differences += flags(expected.added, found.added, "added_tokens", normal=normal)
@@ -115,7 +119,9 @@ def compare(expected: Ids, found: Ids) -> Comparison:
     other = [name for name in PARTS if expected.parsed.get(name) != found.parsed.get(name)]
     other += [
         f"model.{k}"
-        for k in sorted({*expected.model, *found.model} - {"vocab", "merges", "type", "dropout"})
+        for k in sorted(
+            {*expected.model, *found.model} - {"vocab", "merges", "type", "dropout", LONGEST_WORD}
+        )
         if expected.model.get(k) != found.model.get(k)
     ]
     if not differences and expected.added != found.added:
@@ -123,7 +129,7 @@ def compare(expected: Ids, found: Ids) -> Comparison:
     if differences or not other:
         differences += [Difference(name, "written in another way") for name in other]
         return Comparison(tuple(differences), (), 0)
-    return _on_texts(expected, found, other)
+    return _on_texts(expected, found, other, segments)
 
 
 def _vocabulary(expected: Mapping[str, int], found: Mapping[str, int]) -> Iterator[Difference]:
@@ -168,7 +174,7 @@ def flags(
 
 
 def _model(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Difference]:
-    for key in ("type", "dropout"):
+    for key in ("type", "dropout", LONGEST_WORD):
         if expected.get(key) != found.get(key):
             yield Difference(
                 f"model.{key}", f"expected {shown(expected.get(key))}, found {shown(found.get(key))}"
@@ -184,7 +190,7 @@ def _model(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Di
     yield Difference("model.merges", text)
 
 
-def _on_texts(expected: Ids, found: Ids, other: list[str]) -> Comparison:
+def _on_texts(expected: Ids, found: Ids, other: list[str], segments: bool) -> Comparison:
     """The parts `other` are written in different ways: what they do to text decides."""
     specials = [t["content"] for t in expected.added.values()]
     pieces = sorted(expected.vocabulary.items(), key=lambda item: item[1])[:MAX_PIECES]
@@ -196,7 +202,27 @@ def _on_texts(expected: Ids, found: Ids, other: list[str]) -> Comparison:
         if problem is not None:
             where = ", ".join(other)
             return Comparison((Difference(where, f"the text {shown(text)}: {problem}"),), (), count)
-    return Comparison((), tuple(other), count)
+    problem = _pair(expected, found) if "post_processor" in other else None
+    if problem is not None and segments:
+        return Comparison((Difference("post_processor", problem),), (), count)
+    return Comparison((), tuple(other), count, problem)
+
+
+def _pair(expected: Ids, found: Ids) -> str | None:
+    """What two texts in one row are framed by, and which segment each token is of: of a model with segments
+    the numbers depend on both."""
+    try:
+        for texts_of_row in (PAIR[:1], PAIR):
+            a, b = (side.library.encode(*texts_of_row) for side in (expected, found))
+            for what, x, y in (("ids", a.ids, b.ids), ("segments", a.type_ids, b.type_ids)):
+                if x != y:
+                    words = " and ".join(map(shown, texts_of_row))
+                    return f"{words} in one row: expected {what} {shown(x)}, found {shown(y)}"
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # as above
+        return f"a row of two texts cannot be encoded: {first_line(error)}"
+    return None
 
 
 def _text(expected: Ids, found: Ids, text: str) -> str | None:
