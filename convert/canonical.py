@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import compress, groupby, repeat
 from operator import ne
@@ -84,6 +84,12 @@ UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestion
 IN_ANSWERING = "transformer."
 # What says in config.json that projections have biases, and their names; a family may have no rows for them.
 BIASED = {"attention_bias": r".*\.(self_attn|attention)\..*\.bias", "mlp_bias": r".*\.mlp\..*\.bias"}
+# What says there that modules have none, which a family's rows have: Galactica of 6.7 to 120 billion numbers
+# is an OPT like that (huggingface/transformers#20390).
+DENIED = {
+    "enable_bias": r".*\.(self_attn\.\w+|fc[12])\.bias",
+    "layer_norm_elementwise_affine": r".*layer_norm\.(weight|bias)",
+}
 
 OLD_NORM = re.compile(r"(?P<stem>.*LayerNorm)\.(?P<kind>gamma|beta)")
 NEW_NORM = {"gamma": "weight", "beta": "bias"}
@@ -201,6 +207,9 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     there = {name: held for held, name in spelling.family.items()}
     fail_all(_biases(expected, held, chosen, spelling.kind))
     filled.problems[:] = [p for p in filled.problems if not _of_another_head(p, seen, spelling)]
+    denied = _denied(held, spelling.kind)
+    fail_all(_there_all_the_same(expected, denied, chosen))
+    filled.problems[:] = [p for p in filled.problems if not (p.kind == "missing-tensor" and denied(p.where))]
     copies = dict(_copies(filled, seen, held, spelling))
     repeats = held.table.repeats.items()
     tied = {n: to for n, to in repeats if n not in expected and held.source.keeps(n, own)}
@@ -239,6 +248,29 @@ def _biases(expected: Iterable[str], held: Held, chosen: Family, own: Class) -> 
             message = f"expected false, as {chosen.name} is read without biases there, found true"
             hint = "transformers itself writes such a model as safetensors: from_pretrained, save_pretrained"
             yield Problem("unsupported", message, "config.json", key, hint)
+
+
+def _denied(held: Held, own: Class) -> Callable[[str | None], str | None]:
+    """By a tensor's name the key of config.json by which its class makes no such tensor; None by none."""
+    said = {**(held.facts.document or {}), **held.facts.settings}
+    keys = [k for k in DENIED if k in own.numbers and said.get(k) is False]
+    return lambda name: next((k for k in keys if re.fullmatch(DENIED[k], name or "")), None)
+
+
+def _there_all_the_same(
+    names: Iterable[str], denied: Callable[[str | None], str | None], chosen: Family
+) -> Iterator[Problem]:
+    """Tensors that config.json says there are not: loaders would leave them out."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (key := denied(name)) is not None:
+            found.setdefault(key, name)
+    for key, name in found.items():
+        message = (
+            f"expected true, as {chosen.name} has {name} here, found false, with which loaders leave it out"
+        )
+        hint = f"--set {key}=true if the file is wrong"
+        yield Problem("config-mismatch", message, "config.json", key, hint)
 
 
 def _check_settings(held: Held, document: Mapping[str, Any], own: Class) -> None:

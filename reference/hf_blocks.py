@@ -83,7 +83,9 @@ def conv1d(x: Tensor, w: Tensors, stem: str) -> Tensor:
     return x @ w[stem + "weight"] + w[stem + "bias"]
 
 
-def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float) -> Tensor:
+def layer_norm(x: Tensor, w: Tensors, stem: str, eps: float, affine: bool = True) -> Tensor:
+    if not affine:
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
     return F.layer_norm(x, x.shape[-1:], w[stem + "weight"], w[stem + "bias"], eps)
 
 

@@ -7,6 +7,9 @@ Source: transformers 4.37.2 and 5.23.0, models/gpt2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,11 +34,11 @@ class Config(hf_transformer.Config):
         norm_2 ln_2.  fc1 mlp.c_fc.      fc2 mlp.c_proj.
     """)
     own = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-    computed = {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
+    computed = {"scale_attn_weights": True, "add_cross_attention": False}
+
+    @classmethod
+    def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {"by_depth": bool(config.get("scale_attn_by_inverse_layer_idx"))}
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:

@@ -36,7 +36,6 @@ class Config(hf_transformer.Config):
     absent = {"activation_function": "relu", "do_layer_norm_before": True}
     known = {"relu": "relu", **GELUS}
     epsilon = None
-    computed = {"enable_bias": True, "layer_norm_elementwise_affine": True}
 
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +47,8 @@ class Config(hf_transformer.Config):
             # models that were converted without their final norm have this since 4.20
             "final_norm": first and not config.get("_remove_final_layer_norm", False),
             "projected": int(words) != int(config["hidden_size"]),
+            "biased": bool(config.get("enable_bias", True)),
+            "affine": bool(config.get("layer_norm_elementwise_affine", True)),
         }
 
 

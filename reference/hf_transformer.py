@@ -62,6 +62,9 @@ class Config:
     norm_first: bool = True  # before each branch, else after each sum
     final_norm: bool = True
     projected: bool = False  # words have a width of their own
+    biased: bool = True  # projections have biases
+    affine: bool = True  # norms have weights and biases
+    by_depth: bool = False  # scores are divided by the number of the layer, from 1 on
 
     # What is so in all models of a family. `blocks` are those of a fused tensor, `order` is what each holds.
     names: ClassVar[Mapping[str, str]]
@@ -119,7 +122,7 @@ def layer(
     n, p = c.names, f"{root}{c.names['block']}{i}."
     y = norm(x, w, p + n["norm_1"], c) if c.norm_first else x
     hidden = unseen(x, mask, c.causal, cached(past, p))
-    attended = attention(y, w, p, c, hidden, past)
+    attended = attention(y, w, p, c, hidden, past, i + 1 if c.by_depth else 1)
     if c.parallel:
         return attended + feed_forward(y, w, p, c) + x
     x = x + attended
@@ -129,14 +132,17 @@ def layer(
     return norm(x + feed_forward(x, w, p, c), w, p + n["norm_2"], c)
 
 
-def attention(x: Tensor, w: Tensors, p: str, c: Config, hidden: Tensor, past: Cache | None = None) -> Tensor:
-    """CodeGen, whose projection is fused, keeps its sines and cosines in float32, GPT-J in the dtype of x."""
+def attention(
+    x: Tensor, w: Tensors, p: str, c: Config, hidden: Tensor, past: Cache | None = None, over: int = 1
+) -> Tensor:
+    """CodeGen, whose projection is fused, keeps its sines and cosines in float32, GPT-J in the dtype of x.
+    Scores are divided by `over`."""
     q, k, v = fused(x, w, p, c) if "fused" in c.names else apart(x, w, p, c)
     if c.turned:
         tables = wide(x).dtype if "fused" in c.names else x.dtype
         q, k = (wide(rotate_neighbours(y, c.turned, tables, cached(past, p))) for y in (q, k))
     k, v = grown(past, p, k, v)
-    return project(weigh(scores(q, k, c), v, hidden), w, p + c.names["out"], c, not c.parallel)
+    return project(weigh(scores(q, k, c) / over, v, hidden), w, p + c.names["out"], c, not c.parallel)
 
 
 def apart(x: Tensor, w: Tensors, p: str, c: Config) -> Iterator[Tensor]:
@@ -167,11 +173,11 @@ def feed_forward(x: Tensor, w: Tensors, p: str, c: Config) -> Tensor:
 
 
 def project(x: Tensor, w: Tensors, stem: str, c: Config, bias: bool = True) -> Tensor:
-    return conv1d(x, w, stem) if c.conv else linear(x, w, stem, bias)
+    return conv1d(x, w, stem) if c.conv else linear(x, w, stem, bias and c.biased)
 
 
 def norm(x: Tensor, w: Tensors, stem: str, c: Config) -> Tensor:
-    return layer_norm(x, w, stem, c.norm_eps)
+    return layer_norm(x, w, stem, c.norm_eps, c.affine)
 
 
 def finish(x: Tensor, ranks: Ranks, c: Config) -> Tensor:

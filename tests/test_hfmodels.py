@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tool import api
+from ckpt_tool import api, program
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.families import FAMILIES, family
 from ckpt_tool.convert.plan import Options
@@ -38,6 +38,8 @@ MODELS: dict[str, tuple[str, Mapping[str, Any], set[str | None]]] = {
     "LlamaForSequenceClassification": ("LlamaConfig", LLAMA, {"logits"}),
     "LlamaForQuestionAnswering": ("LlamaConfig", LLAMA | {"num_labels": 2}, {"start_logits", "end_logits"}),
     "LlamaModel": ("LlamaConfig", LLAMA, {None}),
+    # as stanford-crfm's models of 2021 and BioMedLM compute
+    "GPT2LMHeadModel": ("GPT2Config", GPT | {"scale_attn_by_inverse_layer_idx": True}, {None}),
     "GPTNeoXForTokenClassification": ("GPTNeoXConfig", BERT, {"logits"}),
     "GPT2ForSequenceClassification": ("GPT2Config", GPT, {"logits"}),
     "MobileBertForMultipleChoice": ("MobileBertConfig", MOBILE, {"logits"}),
@@ -96,6 +98,97 @@ def refused(folder: Path, **options: Any) -> CkptToolError:
     with pytest.raises(CkptToolError) as caught:
         api.plan(folder, options=Options(**options))
     return caught.value
+
+
+def opt(folder: Path, **numbers: Any) -> Path:
+    """A tiny OPT as transformers saves it."""
+    sizes = {k: v for k, v in BERT.items() if k != "intermediate_size"}
+    sizes |= {"ffn_dim": 40, "word_embed_proj_dim": 24, "vocab_size": 89}
+    torch.manual_seed(7)
+    built = transformers.OPTForCausalLM(transformers.OPTConfig(**{**sizes, **numbers}))
+    with torch.no_grad():
+        for p in built.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + (p.ndim == 1))
+    built.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"enable_bias": False, "layer_norm_elementwise_affine": False},  # Galactica of 6.7b to 120b
+        {"layer_norm_elementwise_affine": False},
+        {"_remove_final_layer_norm": True},
+    ],
+    ids=["no biases", "no weights of norms", "no last norm"],
+)
+def test_an_opt_that_lacks_what_config_json_denies(
+    numbers: dict[str, Any], tmp_path: Path, few_prompts: None
+) -> None:
+    """huggingface/transformers#20390: refused as missing tensors, or exit code 1 of a right conversion."""
+    source = opt(tmp_path / "in", **numbers)
+    assert program.run(["convert", "auto", "--in", str(source), "--out", str(tmp_path / "out")]) == 0
+    a, b = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    report = verify(tmp_path / "out", source, against="transformers")
+    assert (report.status, failed(report)) == ("pass", [])
+
+
+def test_tensors_that_config_json_denies_are_refused(tmp_path: Path) -> None:
+    source = opt(tmp_path / "in")
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"enable_bias": False}))
+    error = refused(source, settings={})
+    (problem,) = error.problems
+    assert (problem.kind, problem.where) == ("config-mismatch", "enable_bias")
+    assert problem.hint == "--set enable_bias=true if the file is wrong"
+    api.plan(source, options=Options(settings={"enable_bias": True}))
+
+
+def test_a_dtype_that_config_json_says_otherwise_is_carried(
+    model: Made, tmp_path: Path, few_prompts: None
+) -> None:
+    """Fine-tunes are saved in another dtype than their config.json says; exit code 1 said a difference."""
+    source = rewritten(model("LlamaModel"), tmp_path / "in", lambda w: None, dtype="float16")
+    assert program.run(["convert", "auto", "--in", str(source), "--out", str(tmp_path / "out")]) == 0
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits"))
+    assert (report.status, failed(report)) == ("pass", [])
+    (told,) = (f for f in report.findings if f.where == "config.json: dtype")
+    assert (told.status, told.message) == ("note", "expected float32 (dtype of the tensors), found float16")
+    (tmp_path / "out" / "config.json").write_text(
+        (source / "config.json").read_text().replace("float16", "auto")
+    )
+    assert verify(tmp_path / "out", source, levels=("coverage", "bits")).status == "fail"
+
+
+def test_what_no_reading_computes_is_no_difference(model: Made, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(model("GPT2ForSequenceClassification"), source)
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scale_attn_weights": False}))
+    api.convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", source)
+    assert failed(report) == [] and report.exit_code == 0
+    (lockstep,) = (f for f in report.findings if f.check == "lockstep")
+    assert lockstep.status == "skipped" and "scale_attn_weights" in lockstep.message
+
+
+def test_a_source_that_the_library_does_not_load_says_nothing_of_what_was_made_of_it(
+    tmp_path: Path, few_prompts: None
+) -> None:
+    """On the way back the library reads the source, here weights in a dict of a trainer's."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**{**LLAMA, "vocab_size": 89})
+    source = tmp_path / "in"
+    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save({"model_state_dict": weights, "epoch": 3}, source / "pytorch_model.bin")
+    api.convert(source, tmp_path / "out", family="llama", to="original")
+    report = verify(tmp_path / "out", source, levels="bits", against="transformers")
+    (load,) = (f for f in report.findings if f.check == "load")
+    assert load.status == "undecided" and "loads the source with missing keys" in load.message
+    assert failed(report) == [(load.level, "load", load.message, None)] and report.exit_code == 2
 
 
 # --- verified as they are -----------------------------------------------------------------------------------

@@ -191,11 +191,6 @@ def test_extra_state_and_the_optimizer_are_not_of_the_model() -> None:
         ),
         ("megatron-gpt2", {"activation_function": "silu"}, "expected `activation_function` to be one of"),
         ("megatron-gpt2", {"n_head": None}, "expected n_head in config.json, found none"),
-        (
-            "megatron-gpt2",
-            {"scale_attn_by_inverse_layer_idx": True},
-            "expected `scale_attn_by_inverse_layer_idx`",
-        ),
         ("megatron-gpt2", {"scale_attn_weights": False}, "expected `scale_attn_weights` True"),
     ],
 )

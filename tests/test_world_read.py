@@ -634,6 +634,37 @@ def test_an_index_that_is_out_of_date_is_a_note_where_each_tensor_is_once(two_fi
     assert (caught.value.kind, caught.value.problems[0].where) == ("bad-index", "model.ghost")
 
 
+def test_an_index_may_list_an_output_layer_that_the_config_ties(two_files: Path) -> None:
+    """Writers that leave shared tensors out list them; transformers 4.37.2, 4.57.6 and 5.23.0 load it."""
+    file = next(p.name for p in two_files.glob("*.safetensors"))
+
+    def listed(index: dict[str, Any]) -> None:
+        index["weight_map"]["lm_head.weight"] = file
+
+    config = two_files / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"tie_word_embeddings": False}))
+    with pytest.raises(CkptToolError) as caught:
+        edited(two_files, listed)
+    assert (caught.value.kind, caught.value.problems[0].where) == ("bad-index", "lm_head.weight")
+    assert content["tie_word_embeddings"] is True
+    config.write_text(json.dumps(content))
+    assert any("lm_head.weight, which no file holds" in n for n in edited(two_files, lambda index: None))
+
+
+def test_a_dot_before_the_names_of_an_index_is_the_same_folder(two_files: Path) -> None:
+    plain = edited(two_files, lambda index: None)
+
+    def dotted(index: dict[str, Any]) -> None:
+        index["weight_map"] = {k: f"./{v}" for k, v in index["weight_map"].items()}
+
+    assert edited(two_files, dotted) == plain
+    with pytest.raises(CkptToolError) as caught:
+        edited(two_files, lambda i: i.update(weight_map={k: "x/" + v for k, v in i["weight_map"].items()}))
+    files = len(list(two_files.glob("*.safetensors")))  # each is told once
+    assert len(caught.value.problems) == files and "beside the index" in (caught.value.problems[0].hint or "")
+
+
 def windows(source: Path, to: Path) -> None:
     """The zip again, its member names with backslashes, at their places."""
     data = source.read_bytes()

@@ -584,6 +584,7 @@ PACKED = {
     "base_model.model.model.layers.0.mlp.down_proj.ia3_l": "IA3",
     "model.layers.0.self_attn.q_proj.lora_E.default": "LoRA",
     "layers.0.attention.wq.hada_w1_a": "LoHa",
+    "lm_head.modules_to_save.default.weight": "modules_to_save",
     "model.layers.0.mlp.up_proj.weight.absmax": "bitsandbytes",
     "model.layers.0.mlp.up_proj.SCB": "bitsandbytes",
     "model.layers.0.mlp.up_proj.weight_packed": "compressed-tensors",

@@ -80,6 +80,25 @@ def against_transformers(
 ) -> list[Finding]:
     """The findings of this comparison. What the library raises is no difference: it could not be judged then,
     unless the files of the output are at fault."""
+    found = _against(subject, judged, prompts, dtype, device, progress)
+    return [*map(_of_the_source, found)] if subject.direction == "to-original" else found
+
+
+def _of_the_source(f: Finding) -> Finding:
+    """On the way back the library reads the source: that it does not load says nothing of the output."""
+    text = f.message.replace("the output", "the source").replace("loads it with", "loads the source with")
+    at_fault = f.check == "load" and f.status == "fail"
+    return replace(f, message=text, status="undecided" if at_fault else f.status)
+
+
+def _against(
+    subject: Subject,
+    judged: Judged,
+    prompts: Mapping[str, Prompt],
+    dtype: str,
+    device: str,
+    progress: Callable[[str], None] | None,
+) -> list[Finding]:
     assert subject.hf is not None
     if (reason := _unaffordable(subject, dtype, device)) is not None:
         return [finding("load", "skipped", reason)]

@@ -283,6 +283,8 @@ def _readings(subject: Subject, asked: Asked) -> Readings:
             reason = reason or ("skipped", f"the converted model is not computed here: {error}")
         except UNREADABLE as error:
             reason = "fail", f"the converted model cannot be read: {_said(error)}"
+            if subject.keeps_layout and original is None:  # what the source says as well
+                reason = "skipped", f"the model is not computed here: {_said(error)}"
     if reason is None and asked.dtype in ("float16", "bfloat16") and any(map(subject.config.get, EXPERTS)):
         why = "near-ties change the experts"
         reason = "undecided", f"experts are compared in float32 or float64 only: in {asked.dtype} {why}"

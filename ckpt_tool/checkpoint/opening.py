@@ -52,6 +52,7 @@ from ckpt_tool.checkpoint.safetensors import (
     WeightIndex,
     open_safetensors,
     read_index,
+    ties,
 )
 from ckpt_tool.checkpoint.sniff import check_zip_names, sniff
 from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
@@ -532,6 +533,8 @@ def _open_set(
                 problems.extend(error.problems)
         if not problems:
             agreed = index is not None and index.agrees(files)
+            if index is not None and not agreed and "config.json" in documents:
+                index = replace(index, tied=ties(documents["config.json"].read()))
             problems.extend(_across(files, chosen, index, agreed))
         fail_all(problems)
         readings = [] if index is None else list(index.notes(files, agreed=agreed))

@@ -392,6 +392,8 @@ UNLISTED = "does not list"  # in a note of an index, of tensors that it leaves o
 STRAY = "a file of another release, or an index of one: move the one aside, or get the other again"
 TWICE = "files of two releases are in one folder: take away those of the other, or get the files again"
 _AGAIN = "get the index again from where the weights are from, into the folder with its files"
+# Which writers that leave shared tensors out list all the same, and every loader ties.
+OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 _ASIDE = "get the file again; where the files hold a whole model without it, move the index aside"
 
 
@@ -406,6 +408,7 @@ class WeightIndex:
     name: str
     weight_map: Mapping[str, str]
     total_size: object = None
+    tied: bool = False  # config.json says that the output layer is the embedding
 
     def files(self) -> list[str]:
         """The files named, each once, in order of first mention."""
@@ -429,7 +432,7 @@ class WeightIndex:
         homes, several = _homes(files)
         lost = () if self.weight_map.keys() <= homes.keys() else self.weight_map.items()
         for tensor, file in lost:
-            if file in files and tensor not in homes:
+            if file in files and tensor not in homes and not (self.tied and tensor in OUTPUT_LAYERS):
                 yield bad(f"expected the tensor in {file}, found it in no file", tensor, _ASIDE)
         for tensor, found in several.items():
             there = " and ".join(printable(f, 80) for f in found[:4])
@@ -442,6 +445,9 @@ class WeightIndex:
         homes = said if agreed else _homes(files)[0]
         unlisted = [] if agreed or homes.keys() <= said.keys() else [t for t in homes if t not in said]
         moved = [] if agreed or homes == said else [t for t, f in homes.items() if said.get(t, f) != f]
+        lost = [t for t in OUTPUT_LAYERS if self.tied and t in said and t not in homes]
+        for tensor in lost:
+            yield f"{self.name} lists {tensor}, which no file holds: config.json ties it to the embedding"
         for tensors, what in (
             (unlisted, UNLISTED + " {} that the files hold"),
             (moved, "lists {} in another file than holds it"),
@@ -476,24 +482,43 @@ def _homes(files: Mapping[str, TensorFile]) -> tuple[dict[str, str], dict[str, l
     return homes, {t: several[t] for t in homes if t in several} if several else {}
 
 
+def ties(config: bytes) -> bool:
+    """Whether a config.json says that the output layer is the embedding; one that cannot be read does not."""
+    try:
+        return parse_object(config, file="config.json", kind="bad-config").get("tie_word_embeddings") is True
+    except CkptToolError:
+        return False
+
+
+def _is_elsewhere(file: object) -> bool:
+    """Whether that is no plain name of a file."""
+    return not isinstance(file, str) or file in ("", ".", "..") or bool(set(file) & set("/\\\0"))
+
+
 def read_index(data: bytes, *, name: str) -> WeightIndex:
-    """The index in `data`; refuses one whose file names are not plain names beside it (`bad-index`)."""
+    """The index in `data`; refuses one whose file names are not plain names beside it (`bad-index`), each
+    once. `./` before a name is the same file to every loader."""
     index = parse_object(data, file=name, kind="bad-index", max_bytes=INDEX_BYTES)
     del data
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         message = "expected an object of tensor names"
         fail("bad-index", message, file=name, where="weight_map", hint=_AGAIN)
-    problems: list[Problem] = []
     texts = {*map(type, weight_map.values())} <= {str}
-    odd = not texts or any(
-        file in ("", ".", "..") or set(file) & set("/\\\0") for file in {*weight_map.values()}
-    )
-    for tensor, file in weight_map.items() if odd else ():
-        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
-            message = f"expected the plain name of a file in the same folder, found {printable(file)}"
-            problems.append(Problem("bad-index", message, name, tensor, _AGAIN))
-    fail_all(problems)
+    if texts and any(file.startswith("./") for file in {*weight_map.values()}):
+        weight_map = {tensor: file.removeprefix("./") for tensor, file in weight_map.items()}
+    if not texts or any(map(_is_elsewhere, {*weight_map.values()})):
+        first = {repr(f): (t, f) for t, f in reversed(weight_map.items()) if _is_elsewhere(f)}
+        fail_all(
+            Problem(
+                "bad-index",
+                f"expected the plain name of a file in the same folder, found {printable(file)}",
+                name,
+                tensor,
+                "put the files beside the index, and take what stands before their names out of it",
+            )
+            for tensor, file in reversed(first.values())
+        )
     details = index.get("metadata")
     once = {file: file for file in weight_map.values()}
     weight_map = dict(zip(weight_map, map(once.__getitem__, weight_map.values()), strict=True))

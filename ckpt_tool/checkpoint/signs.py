@@ -454,6 +454,11 @@ _PACKED = (
         "merged or not, nothing tells: peft's merge_and_unload, then save_pretrained, writes plain names",
     ),
     (
+        r"modules_to_save(\.[\w-]+)*\.(weight|bias)",
+        "modules that an adapter trained beside those they stand for (modules_to_save, original_module)",
+        MERGE,
+    ),
+    (
         r"(ia3_l|hada_[wt]\d\w*|lokr_[wt]\d\w*|b?oft_[rs]|vera_(a|b|lambda_[bd]))(\.[\w-]+)?",
         "factors of an adapter (IA3, LoHa, LoKr, OFT, VeRA)",
         MERGE,
@@ -511,6 +516,17 @@ _LAYOUTS = (
         r"layers\.\d+\.attention\.wqkv\.weight",
         "gpt-fast's own names, with queries, keys and values in one matrix",
         "give the folder that model.pth was made from: gpt-fast leaves it as it was",
+    ),
+    (
+        r"(.+\.)?layers\.\d+\.(attention\.([qk]_norm\.weight|sinks)|moe\.experts\.\w+)",
+        "torchtitan's own names of a model that is no Llama",
+        "torchtitan writes those of Hugging Face: scripts/checkpoint_conversion/convert_to_hf.py, or a run"
+        " with --checkpoint.last_save_in_hf",
+    ),
+    (
+        r"(.+\.)?sequential\.\d+\.(attention\.(query_key_value|dense)|word_embeddings)\.(weight|bias)",
+        "GPT-NeoX's own names, with layers as steps of a pipeline",
+        "its tools/ckpts/convert_neox_to_hf.py writes those of Hugging Face",
     ),
     (
         r"(.+\.)?embedder\.weight",

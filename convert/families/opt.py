@@ -184,6 +184,8 @@ def norms_first(known: Known, told: Value) -> Value:
     files computed nonsense (metaseq #164), so its absence must be meant."""
     name, norm = "do_layer_norm_before", known.source.prefix + "layer_norm.weight"
     if known.back:
+        if _without_last_norm(known):
+            return told  # refused by the key that says so
         if ("model.decoder.final_layer_norm.weight" in known.source.tensors) != told.value:
             message = "expected the norm after the last layer exactly where norms come before each branch, "
             found = "none" if told.value else "one"
@@ -203,6 +205,12 @@ def norms_first(known: Known, told: Value) -> Value:
         kind = "missing-tensor" if told.value else "config-mismatch"
         known.refuse(kind, f"{message}found {'one' if there else 'none'}", norm)
     return told
+
+
+def _without_last_norm(known: Known) -> bool:
+    """Whether config.json says that there is no norm after the last layer, or that norms have no weights."""
+    said = known.facts.document or {}
+    return said.get("_remove_final_layer_norm") is True or said.get("layer_norm_elementwise_affine") is False
 
 
 def as_wide(known: Known) -> Value:
