@@ -3,8 +3,8 @@
 # fp8 codes and scales again, under a config.json without `quantization_config`. What that folder loads as is the codes.
 #
 # Loading an fp8 download with dequantize=True and saving is how one makes a folder to train, merge or convert from. The
-# matrices in memory are bfloat16 or float32, so is `dtype` in config.json, and the file is half as large as one
-# expects; whatever was trained or merged in between is rounded to eight bits. The next load takes codes up to 448 for
+# matrices in memory are bfloat16 or float32, and what is written is codes again, so that whatever was trained or merged
+# in between is rounded to eight bits. The next load takes codes up to 448 for
 # weights, lists the scales as UNEXPECTED ("can be ignored") and goes on. save_pretrained(folder,
 # save_original_format=False) writes the numbers.
 #

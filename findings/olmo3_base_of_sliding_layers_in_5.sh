@@ -4,8 +4,8 @@
 #
 # Every config.json of release 4 has the base at the top level. The published models say 500000 and are read alike. One
 # of another base (a model trained from nothing, a longer context, a small one for tests; 4.57.6's own default is 10000)
-# has two bases in 5.23.0: no warning, no missing key, and config.json as saved again says both, so that it looks
-# meant. `rope_parameters` with an entry for each kind of layer, or for all in one, is read as it stands.
+# has two bases in 5.23.0, without a warning or a missing key. Say both in `rope_parameters`, an entry for each kind of
+# layer.
 #
 # Seen: rope_theta 10000, two layers with a window longer than the text and two without: the base in use is 10000 for
 # both kinds in 4.57.6, and 500000 and 10000 in 5.23.0; logits of 32 tokens differ by more than 0.1 between the

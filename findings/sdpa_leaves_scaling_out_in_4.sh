@@ -3,11 +3,9 @@
 # `scale_attn_by_inverse_layer_idx` (or `scale_attn_weights: false`) and Gemma 2's soft cap on attention count only with
 # attn_implementation="eager". The default is "sdpa". 5.23.0 computes them by default.
 #
-# config.json asks for it, training in the eager days had it, and asking the same model for attention weights
-# (output_attentions=True) computes it again. Checkpoints of GPT-2's architecture from Megatron and from studies of
-# training stability carry the first; without it layer 12 has twelve times the logits of attention that it was trained
-# with. A number measured in 4.57.6 by default is not reached in 5.23.0 with the same file, and a conversion is blamed
-# for it. Neither release says a word.
+# config.json asks for it, and a model that was trained with the inverse of the layer has, without it, twelve times the
+# logits of attention in its layer 12. A number measured in 4.57.6 by default is not reached in 5.23.0 with the same
+# file, and a conversion is blamed for it. Neither release says a word.
 #
 # Seen: largest |delta| of logits, 4.57.6 by default to 4.57.6 "eager": GPT-2 with the inverse of the layer more than
 # 0.1, without scaling more than 0.1, Gemma 2 with a cap of 5 more than 0.1; plain GPT-2, and Gemma 2 without a cap,

@@ -5,8 +5,8 @@
 # Where the head is the embedding, the T5 family multiplies the last hidden state by d_model ** -0.5. In 5 the switch is
 # set to true for every model of the family, whatever config.json says; T5 remembers what it said in another attribute,
 # mT5 multiplies never and umT5 always. The order of the words is the same, so greedy texts are equal and tests pass;
-# losses, sampling, beams and thresholds are those of a temperature of 1/22 or 22 for a width of 512. Nothing is logged
-# for the tied one, and for the untied one that its head is kept.
+# losses, sampling, beams and thresholds are those of a temperature of 1/22.6 or 22.6 for a width of 512. Nothing is
+# logged for the tied one, and for the untied one that its head is kept.
 #
 # Seen, d_model 64: logits of 5.23.0 through those of 4.57.6: tied mT5 8, untied mT5 1, tied umT5 1, untied umT5 0.125,
 # T5 1 and 1.
