@@ -1,17 +1,15 @@
 #!/usr/bin/env bash
-# A LoRA that was merged and saved into the folder its adapter is in is applied a second time when that folder is
-# loaded: transformers 5.23.0 (AutoModelForCausalLM) and 4.57.6 (LlamaForCausalLM), with peft 0.21.2. Without peft the
-# same folder loads as it was saved.
+# A LoRA that was merged and saved into the folder its adapter is in is applied a second time when transformers 5.23.0
+# loads that folder with peft 0.21.2 installed. Without peft the same folder loads as it was saved, and in 4.57.6 too.
 #
 # trainer.save_model(run), then merge_and_unload().save_pretrained(run), leaves model.safetensors beside
-# adapter_config.json. from_pretrained looks for an adapter first, and loads the folder's own weights as its base; in
-# 4.57.6 the Auto class follows `base_model_name_or_path` instead and passes the merged file over. So what is computed
-# depends on whether peft can be imported: the server without it is right, the evaluation with it is not. Nothing is
-# logged. Delete the two adapter files, or merge into a folder of its own.
+# adapter_config.json. 5.23.0 looks for an adapter, and takes the folder's own weights for its base where there is a
+# config.json; 4.57.6 follows `base_model_name_or_path` and passes the merged file over. So what is computed depends on
+# the release, and on whether peft can be imported: the server without it is right, the evaluation with it is not.
+# Nothing is logged. Delete the two adapter files, or merge into a folder of its own.
 #
-# Seen: weights of q_proj in the folder: base + delta; with peft 5.23.0 computes with base + 2 delta by either class;
-# 4.57.6 with base + 2 delta by LlamaForCausalLM and with base + delta, of the other folder, by the Auto class; without
-# peft base + delta by both classes and releases. (Seen by the effective matrix, not the logits.)
+# Seen, by what q_proj multiplies with: 5.23.0 with peft base + 2 delta by AutoModelForCausalLM and LlamaForCausalLM;
+# without peft base + delta by both, and in 4.57.6 base + delta with and without.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -57,8 +55,8 @@ times = {}
 for loader in (AutoModelForCausalLM, LlamaForCausalLM):
     found = effective(loader.from_pretrained(root / "run")) - base
     times[loader.__name__] = round((found * delta).sum().item() / (delta * delta).sum().item(), 3)
-four = transformers.__version__ == "4.57.6"
-right = {"AutoModelForCausalLM": 1 if four or step == "bare" else 2, "LlamaForCausalLM": 1 if step == "bare" else 2}
+count = 2 if transformers.__version__ == "5.23.0" and step == "make" else 1
+right = {"AutoModelForCausalLM": count, "LlamaForCausalLM": count}
 peft = "without peft" if step == "bare" else "with peft"
 print(f"transformers {transformers.__version__}, {peft}: base + this times delta: {times}; {said}")
 sys.exit(0 if times == right and not said and delta.abs().max() > 0.01 else 1)
