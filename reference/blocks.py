@@ -203,7 +203,7 @@ def weigh(scores: Tensor, v: Tensor, seen: Tensor, masked: float, times: int = 1
     (B, T, N * H). `masked` is the score of a key that is not seen: if it is finite, a query without any key
     sees all alike."""
     scores = wide(scores) if times == 1 else wide(scores) * times
-    weights = scores.masked_fill(~seen, masked).softmax(-1).to(v.dtype)
+    weights = torch.where(seen, scores, masked).softmax(-1).to(v.dtype)
     return torch.einsum("bnqk,bknh->bqnh", weights, v).flatten(2)
 
 

@@ -160,7 +160,7 @@ def unseen(x: Tensor, mask: Tensor | None, causal: bool = True, offset: int = 0)
 def weigh(scores: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     """The values (B, N, T, H) as the scores (B, N, T, T) weigh them, the heads side by side: (B, T, D). What
     is hidden has the lowest score that v's dtype has, so that a query without any key sees all alike."""
-    weights = scores.masked_fill(hidden, torch.finfo(v.dtype).min).softmax(-1).to(v.dtype)
+    weights = torch.where(hidden, torch.finfo(v.dtype).min, scores).softmax(-1).to(v.dtype)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -194,7 +194,7 @@ def grouped_attention(
             seen = seen & (mask != 0)[:, None, None, None, :]
         # the lowest number: a query of padding that sees no key at all sees all alike
         lowest = -math.inf if mask is None else torch.finfo(scores.dtype).min
-        weights = wide(scores.masked_fill(~seen, lowest)).softmax(-1).to(q.dtype)
+        weights = wide(torch.where(seen, scores, lowest)).softmax(-1).to(q.dtype)
         return torch.einsum("bkgqt,bkth->bqkgh", weights, values).flatten(2)
 
     if traced():

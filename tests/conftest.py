@@ -28,6 +28,9 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may ask a hub
+# Workers, and programs that tests start by the hundred, find the tree compiled, whatever the shell says.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
 
 
@@ -60,15 +63,15 @@ def _leave_writing_to_the_system() -> None:
 _leave_writing_to_the_system()
 gc.disable()  # until all tests are collected: of their ten thousand none is garbage
 
-# The files that take longest, each more than 10 seconds: dealt out first, so that no worker is left alone
+# The files that take longest, each some 10 seconds or more: dealt out first, so that no worker is left alone
 # with one at the end; the others by what is written in them, the shortest last. By itself xdist begins with
 # those of the most tests.
 LONGEST = (
-    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_exit_codes.py",
-    "test_json_memory.py", "test_plan_digests.py", "test_families_opt_codegen_qwen2.py", "test_flaws.py",
-    "test_diagnosis.py", "test_casts_verified.py", "test_precisions.py", "test_claims.py",
-    "test_house_reference.py", "test_threats.py", "test_verify.py", "test_megatron_families.py",
-    "test_judges.py", "test_quantised.py", "test_training.py", "test_optimizer_buffers.py",
+    "test_end_to_end.py", "test_documents.py", "test_saved_again.py", "test_exit_codes.py", "test_claims.py",
+    "test_megatron_families.py", "test_json_memory.py", "test_diagnosis.py", "test_flaws.py",
+    "test_workers.py", "test_device.py", "test_verify.py", "test_precisions.py", "test_quantised.py",
+    "test_families_opt_codegen_qwen2.py", "test_plan_digests.py", "test_threats.py", "test_judges.py",
+    "test_optimizer_buffers.py", "test_house_reference.py", "test_casts_verified.py",
 )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def of(report: Report, level: str, check: str) -> list[Finding]:
     return [f for f in report.level(level) if f.check == check]
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(("variant", "dtype"), CASTS)
 def test_a_cast_that_was_asked_for_passes(
     variant: str, dtype: str, originals: Written, tmp_path: Path
@@ -55,6 +56,7 @@ def test_a_cast_that_was_asked_for_passes(
     assert lockstep.status == "pass" and lockstep.bar is not None and lockstep.bar <= 1e-10
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("variant", ["qwen2-window", "mistral-7b-v0.3"])
 def test_a_cast_on_the_way_back_passes(variant: str, conversions: Written, tmp_path: Path) -> None:
     options = Options(dtype="F16")
@@ -66,6 +68,7 @@ def test_a_cast_on_the_way_back_passes(variant: str, conversions: Written, tmp_p
     assert wrong(report) == [] and report.exactness == "identical after cast"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_cast_of_pooled_heads_passes(originals: Written, tmp_path: Path) -> None:
     variant = VARIANTS["llama-2-7b"]
     options = Options(settings=variant.settings, dtype="F32", gqa=2)
@@ -121,6 +124,7 @@ def checked(out: Path, source: Path, *accept: str) -> Report:
     )
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("norms", [True, False], ids=["all", "matrices"])
 def test_a_cast_that_nothing_records_passes_when_it_is_accepted(
@@ -168,6 +172,7 @@ def test_another_rounding_is_not_the_cast(
     assert of(report, "parity", "lockstep")[0].status == "fail"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_wider_dtype_loses_nothing_and_is_a_note(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

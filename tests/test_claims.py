@@ -137,6 +137,7 @@ def test_what_could_not_be_judged_never_passes() -> None:
     assert (said.verdict, said.headline) == ("undecided", "could not be judged: bfloat16 cannot see it")
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_the_cause_comes_first(pair: Pair) -> None:
     source, out = pair(PLAIN)
     plant(out, "q-not-permuted")

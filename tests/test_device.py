@@ -34,15 +34,21 @@ SEEN = (
 FORMATS = ("fp8-blocks", "int4-shifted")
 
 
-def there(out: Path, source: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a quick verification of two short prompts says on the emulated device."""
-    job = {"out": str(out), "source": str(source), "settings": settings, "tokens": FEW_TOKENS}
-    command = [loaded.python(loaded.CURRENT), "-W", "ignore", str(SCRIPT), json.dumps(job)]
+def there(*asked: tuple[Path, Path, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What quick verifications of two short prompts say on the emulated device, by one process."""
+    jobs = [{"out": str(out), "source": str(source), "settings": own} for out, source, own in asked]
+    command = [loaded.python(loaded.CURRENT), "-W", "ignore", str(SCRIPT), str(FEW_TOKENS), json.dumps(jobs)]
     env = {**os.environ, "PYTHONPATH": str(loaded.ROOT)}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    said: dict[str, Any] = json.loads(run.stdout)
+    said: list[dict[str, Any]] = json.loads(run.stdout)
     return said
+
+
+@pytest.fixture(scope="module")
+def seen(originals: Written, conversions: Written) -> dict[str, dict[str, Any]]:
+    asked = ((conversions(v), originals(v), VARIANTS[v].settings) for v in SEEN)
+    return dict(zip(SEEN, there(*asked), strict=True))
 
 
 def test_every_family_is_there() -> None:
@@ -51,9 +57,10 @@ def test_every_family_is_there() -> None:
 
 @pytest.mark.parametrize("variant", SEEN)
 def test_both_readings_and_the_planted_mistakes_stay_on_the_device(
-    variant: str, originals: Written, conversions: Written
+    variant: str, seen: dict[str, dict[str, Any]]
 ) -> None:
-    said = there(conversions(variant), originals(variant), VARIANTS[variant].settings)
+    said = seen[variant]
+    assert said["raised"] is None, said["raised"]
     assert (said["status"], said["failing"], said["planted"]) == ("pass", [], [1.0])
     assert said["computed"].startswith("float32 on elsewhere:0, torch ")
 
@@ -62,7 +69,8 @@ def test_both_readings_and_the_planted_mistakes_stay_on_the_device(
 def test_numbers_of_codes_stay_on_the_device(form: str, conversions: Written, tmp_path: Path) -> None:
     quantise(conversions("qwen3-float32"), tmp_path / "in", form)
     convert(tmp_path / "in", tmp_path / "out", check=False)
-    assert there(tmp_path / "out", tmp_path / "in", {})["status"] == "pass"
+    (said,) = there((tmp_path / "out", tmp_path / "in", {}))
+    assert said["raised"] is None and said["status"] == "pass", said
 
 
 MIXES = """

@@ -20,7 +20,10 @@ from ckpt_tool.fixtures.flaws_documents import HARMLESS, MISTAKES
 from ckpt_tool.fixtures.tokenizers import sentencepiece_model
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import verify
+from ckpt_tool.verify.documents import documents
+from ckpt_tool.verify.listed import listed
 from ckpt_tool.verify.report import Finding, Report
+from ckpt_tool.verify.subject import opened
 from ckpt_tool.verify.tokenizer_config import differences, wrong_flags
 from ckpt_tool.verify.tokenizer_ids import Ids, compare
 from tests import loaded
@@ -70,8 +73,9 @@ def run(
     return stop.value.code, json.loads(capsys.readouterr().out)["findings"]
 
 
-def about_documents(report: Report, *states: str) -> list[Finding]:
-    return [f for f in report.findings if f.check in CHECKS and f.status in states]
+def about_documents(found: Report | list[Finding], *states: str) -> list[Finding]:
+    findings = found.findings if isinstance(found, Report) else found
+    return [f for f in findings if f.check in CHECKS and f.status in states]
 
 
 @pytest.mark.parametrize("variant", WITH_TOKENIZER)
@@ -83,8 +87,8 @@ def test_every_mistake_beside_the_weights_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # Bits that agree must not outvote the files; which bits, does not matter.
-    levels = ("coverage", "bits") if variant == WITH_TOKENIZER[0] else ("coverage",)
+    """Of the first through the command line, whose exit code is that of the report."""
+    first = variant == WITH_TOKENIZER[0]
     missed, planted = [], 0
     for name, plant in MISTAKES.items():
         out = copied(conversions(variant), tmp_path / "out")
@@ -92,7 +96,12 @@ def test_every_mistake_beside_the_weights_is_named(
         if where is None:
             continue
         planted += 1
-        code, findings = run(monkeypatch, capsys, out, originals(variant), variant, *levels)
+        if first:  # bits that agree must not outvote the files; which bits, does not matter
+            given = (originals(variant), variant, "coverage", "bits")
+            code, findings = run(monkeypatch, capsys, out, *given)
+        else:
+            report = verify(out, originals(variant), levels="coverage", settings=VARIANTS[variant].settings)
+            code, findings = report.exit_code, report.to_json()["findings"]
         wrong = [f for f in findings if f["status"] == "fail" and f["check"] in CHECKS]
         if code != 1 or not any(where in f"{f['where']} {f['message']}" for f in wrong):
             missed.append((name, code, [f["message"] for f in wrong]))
@@ -104,16 +113,22 @@ def test_every_mistake_beside_the_weights_is_named(
 def test_without_a_manifest_what_acts_is_still_named(
     variant: str, originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
+    """Of the first by `verify`, of others by the parts of coverage that read the files."""
+    settings = VARIANTS[variant].settings
     for name, plant in MISTAKES.items():
         out = copied(conversions(variant), tmp_path / "out")
         (out / "ckpt-tool.json").unlink()
         where = plant(out)
         if where is None:
             continue
-        report = verify(out, originals(variant), levels="coverage", settings=VARIANTS[variant].settings)
-        wrong = about_documents(report, "fail")
+        if variant == WITH_TOKENIZER[0]:
+            findings = verify(out, originals(variant), levels="coverage", settings=settings).findings
+        else:
+            with opened(out, originals(variant), settings) as subject:
+                findings = [*listed(subject), *documents(subject)]
+        wrong = about_documents(findings, "fail")
         if name.startswith(SAID_ONLY) and not wrong:
-            assert about_documents(report, "note", "skipped"), name
+            assert about_documents(findings, "note", "skipped"), name
         else:
             assert any(where in f"{f.where} {f.message}" for f in wrong), name
 

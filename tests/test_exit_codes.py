@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ckpt_tool.fixtures.flaws import plant
 from ckpt_tool.program import as_told, wants_json
@@ -211,10 +213,15 @@ def test_a_pipe_that_nobody_reads_ends_with_141(command: str, tiny: Path) -> Non
     assert done.returncode == 141 and done.stderr == ""
 
 
-def test_head_takes_its_line_and_the_rest_goes_nowhere(tiny: Path) -> None:
-    text = " ".join([*PROGRAM, "inspect in --all | head -1; echo ${PIPESTATUS[0]}"])
-    done = subprocess.run(["bash", "-c", text], cwd=tiny, capture_output=True, text=True, check=False)
-    assert done.stdout == "in\n141\n" and done.stderr == ""
+def test_head_takes_its_line_and_the_rest_goes_nowhere(tmp_path: Path) -> None:
+    """Of more lines than a pipe (64 KiB) and head (at most 128 KiB at once) take: all of fewer may be in the
+    pipe before head goes away."""
+    lines = {f"model.layers.{k}.{'long_' * 20}name.weight": np.zeros(1, "u1") for k in range(3000)}
+    (tmp_path / "many").mkdir()
+    save_file(lines, tmp_path / "many" / "model.safetensors")
+    text = " ".join([*PROGRAM, "inspect many --all | head -1; echo ${PIPESTATUS[0]}"])
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "many\n141\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["convert auto --in nowhere --out new", "nonsense"])

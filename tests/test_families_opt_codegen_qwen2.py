@@ -634,6 +634,7 @@ def stages(folder: Path, m: Core, cut: int) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_pipeline_stages_are_joined_and_verified(tmp_path: Path) -> None:
     model = qwen2(5, 48, 6, 2, 72, 320, 5, rms_norm_eps=1e-5)
     source = stages(tmp_path / "in", Core(model, ranks=2), 3)
@@ -647,6 +648,7 @@ def test_pipeline_stages_are_joined_and_verified(tmp_path: Path) -> None:
     assert report.exit_code == 0, [f.message for f in report.findings if f.status == "fail"]
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_padding_of_the_vocabulary_is_left_out_when_told(originals: Written, tmp_path: Path) -> None:
     made = convert(originals("qwen2-mcore"), tmp_path / "out", settings={"vocab_size": 311})
     assert any("9 rows of padding" in n for n in made.plan.notes)
@@ -679,6 +681,7 @@ def test_args_that_do_not_fit_qwen2_are_refused(
     assert kind in {p.kind for p in error.problems} and words in str(error)
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("name", "options"),
     [

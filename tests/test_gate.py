@@ -75,6 +75,7 @@ def test_a_gate_converts_with_the_options_of_the_family(originals: Written, tmp_
         assert report.could_not_run and finding.data["kind"] == "usage" and finding.where == flag
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_wrong_conversion_fails_the_gate_and_the_others_are_still_told(
     assert (problem.check, problem.status) == ("run", "undecided")
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("extra", "check", "status"),
     [

@@ -368,6 +368,7 @@ def test_mistakes_of_the_format_are_planted_and_caught(
         assert words in planted, words
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_mistake_in_a_folder_is_named(originals: Written, conversions: Written, tmp_path: Path) -> None:
     shutil.copytree(conversions(SQUARE), tmp_path / "codes")
     file = tmp_path / "codes" / "model.safetensors"

@@ -148,6 +148,7 @@ def test_pooled_heads_are_means_and_the_rest_is_untouched(
     assert any("--gqa" in text for text in made.plan.lossy)
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(("name", "groups", "dtype"), CASES)
 def test_a_pooled_model_is_verified_against_the_pooled_definition(
     name: str, groups: int, dtype: str | None, full_heads: Callable[[str], tuple[Path, str]], tmp_path: Path

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import FAMILIES, family
@@ -19,7 +22,18 @@ def modules(*folders: str) -> Iterator[tuple[str, ast.Module]]:
     """(path from the root, syntax tree) of every module under the folders."""
     for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
-            yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+            yield file.relative_to(ROOT).as_posix(), parsed(file)
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    yield
+    parsed.cache_clear()
 
 
 def taken_from(tree: ast.AST, *homes: str) -> set[str]:

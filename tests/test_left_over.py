@@ -176,6 +176,7 @@ PREFIXES = {
 }
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("variant", PREFIXES)
 def test_names_without_the_models_prefix_are_read_with_it(
     variant: str, conversions: Written, originals: Written, tmp_path: Path

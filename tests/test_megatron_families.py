@@ -445,6 +445,7 @@ def test_the_epsilon_is_that_of_args(key: str) -> None:
     assert eps.value == 1e-5 and eps.source.startswith("rule:")
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_two_gelus_are_told_and_come_back(tmp_path: Path) -> None:
     """hidden_act is the feed-forward's; parity shows the LM head's difference; the way back has both."""
     source, out, back = TWO_GELUS.write(tmp_path / "in"), tmp_path / "out", tmp_path / "back"
@@ -668,6 +669,7 @@ def test_what_is_written_is_what_megatron_loads(tmp_path: Path) -> None:
     assert at.read_bytes() == (tmp_path / "once more" / at.relative_to(tmp_path / "back")).read_bytes()
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_verify_reads_ranks_stages_and_padding(tmp_path: Path) -> None:
     for id in ("gpt2-v3-virtual", "bert-v2-tp2"):
         variant = VARIANTS[id]

@@ -65,6 +65,7 @@ KEPT = {
 }
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("kept", KEPT)
 def test_experts_are_one_model_however_they_are_kept(kept: str, conversions: Written, tmp_path: Path) -> None:
     source = written(KEPT[kept], tmp_path / "in")

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.base import KEPT_JSON, Checkpoint, Document
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.safetensors import index_document
@@ -475,3 +475,32 @@ def test_an_index_of_which_some_files_are_there_is_refused(named: bool, tmp_path
     fill(tmp_path, **{"model.safetensors.index.json": index, one: SAFE})
     (problem,) = refused(tmp_path / one if named else tmp_path)
     assert (problem.kind, problem.message) == ("bad-index", f"expected {two}, found no such file")
+
+
+def test_a_document_says_to_all_what_it_said_first(tmp_path: Path) -> None:
+    """Its few values are kept, and why there are none; each who asks has an object of its own."""
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [1, 2.5, null, "\\u00e9"], "n": 1000000000000000000000000000000}')
+    document = Document("config.json", path, path.stat().st_size)
+    first = document.json()
+    first["a"].clear()
+    path.write_text("{}")
+    assert document.json() == {"a": [1, 2.5, None, "é"], "n": 10**30}
+    path.write_text("[]")
+    wrong = Document("config.json", path, 2)
+    said = []
+    for _ in range(2):
+        with pytest.raises(CkptToolError) as caught:
+            wrong.json()
+        said.append(caught.value.problems)
+        path.unlink(missing_ok=True)
+    assert said[0] == said[1] and said[0][0].kind == "bad-config"
+
+
+def test_the_values_of_a_large_document_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": "' + "x" * KEPT_JSON + '"}')
+    document = Document("config.json", path, path.stat().st_size)
+    assert len(document.json()["a"]) == KEPT_JSON
+    path.write_text('{"a": 1}')
+    assert document.json() == {"a": 1}

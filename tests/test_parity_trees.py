@@ -221,6 +221,7 @@ def cut(side: Side, name: str) -> None:
     weights.tensors = {**weights.tensors, name: TensorInfo(name, info.dtype, shape, info.file)}
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize(
     ("variant", "name"),
     [

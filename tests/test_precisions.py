@@ -78,6 +78,7 @@ def _transposed(folder: Folder) -> None:
     folder.checkpoint.close()
 
 
+@pytest.mark.usefixtures("few_prompts")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_experts_in_sixteen_bits_are_undecided(dtype: str, originals: Written, conversions: Written) -> None:
     report = run(
@@ -89,6 +90,7 @@ def test_experts_in_sixteen_bits_are_undecided(dtype: str, originals: Written, c
     assert not [f for f in report.findings if f.status == "fail"]
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_mistake_missed_though_it_is_large_fails(
     originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_mistake_missed_though_it_is_large_fails(
     assert control.status == "fail" and "not caught" in control.message
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_mistake_without_effect_is_undecided(
     originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,7 @@ def test_transformers_still_sees_a_wrong_matrix(
     assert of(report, "logits", "transformers").status == "fail" and report.exit_code == 1
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_what_the_judge_raises_is_no_difference(
     originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,6 +273,7 @@ def test_the_mistake_is_named(
         assert after <= lockstep.bar < before or not isinstance(made.where, int)
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_both_q_and_k_unpermuted_are_one_cause(originals: Written, broken: Written) -> None:
     folder = broken(DENSE)
     plant(folder, "q-not-permuted")
@@ -410,6 +411,7 @@ def test_one_ulp_is_found_to_the_element(originals: Written, broken: Written) ->
     assert report.exactness == "differs"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_matrix_of_another_shape_is_told_and_not_crashed_on(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

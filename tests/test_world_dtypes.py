@@ -229,6 +229,7 @@ def test_norms_that_a_loader_rounded_are_a_cast_that_nobody_recorded(mixed: Writ
     assert report.exit_code == 0 and report.exactness == "identical after cast"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_heads_are_pooled_of_tensors_that_keep_a_wider_dtype(originals: Written, tmp_path: Path) -> None:
     wide = ("attention.wk.weight", "norm.weight")
     source = rewritten(
@@ -357,6 +358,7 @@ def test_stacked_experts_go_back_to_the_same_files(
     assert texts(report) == [] and report.exactness == "bit-identical"
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_stacked_folder_is_verified_like_any(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:
@@ -396,6 +398,7 @@ def test_what_is_held_of_stacked_experts_is_counted_once_and_given_back(
         assert shared.held == 0
 
 
+@pytest.mark.usefixtures("few_prompts")
 def test_a_reading_takes_stacked_experts_apart_by_its_own_code(
     conversions: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,8 +217,9 @@ def _unknown(found: Reading, planned: Mapping[str, Any]) -> Iterator[Finding]:
         else:
             text = f"expected a source for this value, found none ({shown(value)})"
         yield finding("fail", text, f"config.json: {key}", data={"found": value})
+    carried = read(planned, found.model_type).unknown
     for key in planned:
-        if key not in found.unknown and key in read(planned, found.model_type).unknown:
+        if key in carried and key not in found.unknown:
             text = f"expected {shown(planned[key])} (carried over from the source), found nothing"
             yield finding("fail", text, f"config.json: {key}", data={"expected": planned[key]})
 

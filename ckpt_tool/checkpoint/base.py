@@ -8,6 +8,7 @@ storage offset or archive the file holds it in. Memory is the caller's buffer an
 from __future__ import annotations
 
 import io
+import marshal
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -238,6 +239,9 @@ class TensorFile(ABC):
     def close(self) -> None: ...
 
 
+KEPT_JSON = 64 << 10  # bytes of a document whose values are kept while it is open
+
+
 @dataclass(frozen=True)
 class Document:
     """A small file beside the weights (params.json, config.json, tokenizer.model); not read yet."""
@@ -245,6 +249,29 @@ class Document:
     name: str
     path: Path
     size: int
+    # What `json` found first: the values in few bytes, or why there are none.
+    _parsed: bytes | tuple[Problem, ...] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def json(self) -> dict[str, Any]:
+        """The document parsed by the strict JSON reader; must hold an object, a new one each time. Many ask
+        for the same few values until a family is recognised and planned: the file is read for the first of
+        them, and for all where it is large."""
+        from ckpt_tool.checkpoint.strict_json import parse_object
+
+        if isinstance(self._parsed, bytes):
+            found: dict[str, Any] = marshal.loads(self._parsed)
+            return found
+        if self._parsed is not None:
+            raise CkptToolError(*self._parsed)
+        data = self.read()
+        try:
+            found = parse_object(data, file=self.name)
+        except CkptToolError as error:
+            object.__setattr__(self, "_parsed", error.problems)
+            raise
+        if len(data) <= KEPT_JSON:
+            object.__setattr__(self, "_parsed", marshal.dumps(found))
+        return found
 
     def read(self, limit: int = 16 << 20) -> bytes:
         """The bytes; refuses a file larger than `limit` before reading any of it."""
@@ -514,9 +541,7 @@ class Checkpoint:
 
     def json(self, name: str) -> dict[str, Any]:
         """The document `name` parsed by the strict JSON reader; must hold an object."""
-        from ckpt_tool.checkpoint.strict_json import parse_object
-
-        return parse_object(self.documents[name].read(), file=name)
+        return self.documents[name].json()
 
     def opened(self) -> tuple[str, ...]:
         """The notes, those that many files share once, at most `SHOWN_NOTES`; `inspect` has all."""
