@@ -519,8 +519,7 @@ def _open_set(
     problems: list[Problem] = []
     if chosen.index is not None:
         index = read_index(documents[chosen.index].read(INDEX_BYTES), name=chosen.index)
-        listed = index.files()
-        problems += _lost(chosen.index, listed, chosen.files)
+        problems += _lost(chosen.index, listed := index.files(), chosen.files)
         for stray in [name for name in chosen.files if name not in listed]:
             message = f"expected only listed files, found {stray} too"
             problems.append(Problem("bad-index", message, chosen.index, hint=STRAY))
@@ -552,13 +551,9 @@ def _open_set(
     for file in files.values():
         notes.extend(f"{file.name}: {note}" for note in file.notes)
     readings += own.readings
-    odd = [
-        LeftOut(
-            replace(t, name=t.name.removeprefix(own.before)), f"of type {t.dtype}, which is not converted"
-        )
-        for f in files.values()
-        for t in f.others.values()
-    ]
+    others = (t for f in files.values() for t in f.others.values())
+    named = (replace(t, name=t.name.removeprefix(own.before)) for t in others)
+    odd = (LeftOut(t, f"of type {t.dtype}, which is not converted") for t in named)
     left_out = (*own.left_out, *odd)
     return OpenedCheckpoint(path, own.files, documents, notes, tuple(readings), left_out, folder=folder)
 
