@@ -97,7 +97,7 @@ def refused(path: Path) -> Problem:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CkptToolError) as caught:
         open_checkpoint(path).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # fewer where garbage of another test went meanwhile
     return caught.value.problems[0]
 
 

@@ -26,7 +26,7 @@ from ckpt_tool.convert.fitting import expected_alike, fit
 from ckpt_tool.convert.layout import Part, Step, rule
 from ckpt_tool.convert.shares import first_readers
 from ckpt_tool.convert.steps import Steps
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, fail_all
 from tests.test_scale import read
 
 DIMS = (("v",), ("d",))
@@ -308,7 +308,7 @@ def late(field: str, value: object) -> Any:
 )
 def test_what_one_place_of_a_batch_says_wrong_is_told(change: Any, kind: str, tmp_path: Path) -> None:
     with pytest.raises(CkptToolError) as raised:
-        read(written(tmp_path, 2600, change=change))
+        fail_all(read(written(tmp_path, 2600, change=change)).shared)
     (problem, *_) = raised.value.problems
     assert problem.kind == kind and (problem.where or "").endswith(".w"), str(raised.value)
 

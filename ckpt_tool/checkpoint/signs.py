@@ -518,7 +518,7 @@ _LAYOUTS = (
         "give the folder that model.pth was made from: gpt-fast leaves it as it was",
     ),
     (
-        r"(.+\.)?layers\.\d+\.(attention\.([qk]_norm\.weight|sinks)|moe\.experts\.\w+)",
+        r"((?!model\.layers\.).+\.)?layers\.\d+\.(attention\.([qk]_norm\.weight|sinks)|moe\.experts\.\w+)",
         "torchtitan's own names of a model that is no Llama",
         "torchtitan writes those of Hugging Face: scripts/checkpoint_conversion/convert_to_hf.py, or a run"
         " with --checkpoint.last_save_in_hf",
