@@ -218,6 +218,26 @@ def test_absurd_numbers_of_ranks_are_refused_before_they_are_counted(tmp_path: P
 THREE = Core(mcore(2, 60, 6, 2, 10, 44, 308, 3), ranks=2, parallel=3, stages=(1, 1), own=1)
 
 
+def test_ranks_of_which_one_has_more_copies_are_the_same_model(tmp_path: Path) -> None:
+    """Three processes save: two of them the first tensor-parallel rank's part of what both share."""
+    api.convert(written(Core(THREE.model), tmp_path / "whole"), tmp_path / "one")
+    source = written(replace(THREE, stages=()), tmp_path / "in")
+    assert folders(source) == ["mp_rank_00_000", "mp_rank_00_002", "mp_rank_01_001"]
+    api.convert(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "one")
+    levels = ("coverage", "bits")
+    assert api.verify(tmp_path / "out", source, levels=levels).status == "pass"
+
+    def other_copy(held: dict[str, Any], folder: str) -> None:
+        if folder == "mp_rank_00_002":
+            held["model"]["decoder.layers.1.self_attention.linear_proj.weight"][3, 5] += 1
+
+    changed(source, other_copy)
+    error = refused(lambda: api.convert(source, tmp_path / "again"))
+    assert error.kind == "shard-conflict" and "mp_rank_00_002" in error.text()
+    assert api.verify(tmp_path / "out", source, levels=levels).status == "fail"
+
+
 def test_a_rank_that_only_another_stage_has_is_named(tmp_path: Path) -> None:
     """Processes after the first three hold what those have; of one of them the second stage is gone."""
     source = written(THREE, tmp_path / "in")
