@@ -278,7 +278,7 @@ def in_words_of(arguments: list[str], told: CkptToolError) -> CkptToolError:
 
     def said(found: re.Match[str]) -> str:
         option = "--source " if _is_of_source(found["path"], arguments) else ""
-        verb = "" if option or found["before"].endswith(": ") else "give "
+        verb = "" if option or found["before"].endswith((": ", "give ")) else "give "
         return f"{found['before']}{verb}{option}{found['path']}"
 
     path = re.compile(r"(?P<before>(?:^|.*?[ (]))--in (?P<path>'[^']*'|[^\s)]+)")
@@ -294,7 +294,10 @@ def _is_of_source(quoted: str, arguments: list[str]) -> bool:
         one, other = (os.path.abspath(p) + os.sep for p in (given, path))
         return one.startswith(other) or other.startswith(one)
 
-    path = (split(quoted) or [""])[0]
+    try:
+        path = (split(quoted) or [""])[0]
+    except ValueError:  # a name inside an archive, as it stands there
+        path = quoted
     pairs = list(zip(["", *arguments], arguments, strict=False))
     of_source = [
         b.removeprefix("--source=") for a, b in pairs if a == "--source" or b.startswith("--source=")

@@ -351,13 +351,18 @@ def _with_copies(steps: Steps, axis: str, held: int, rows: Sequence[int]) -> Ste
 
 
 def _copies(step: Step, again: Callable[[Part], Sequence[Home]]) -> Iterator[Step]:
-    """The same step for each further place of all of its parts, compared."""
-    for places in zip(*map(again, step.sources), strict=True):
+    """The same step for each further place of its parts, compared; one that has fewer stays where it is."""
+    others = [again(part) for part in step.sources]
+    for k in range(max(map(len, others), default=0)):
         parts = [
-            replace(part, file=file, dtype=dtype, name=name[0] if name else part.name)
-            for part, (file, dtype, *name) in zip(step.sources, places, strict=True)
+            _elsewhere(part, *places[k]) if k < len(places) else part
+            for part, places in zip(step.sources, others, strict=True)
         ]
         yield replace(step, sources=tuple(parts), compare=step.compare or "replicated")
+
+
+def _elsewhere(part: Part, file: str, dtype: str, *name: str) -> Part:
+    return replace(part, file=file, dtype=dtype, name=name[0] if name else part.name)
 
 
 def _repeated(steps: Steps, table: Table, source: Source) -> Iterator[Step]:

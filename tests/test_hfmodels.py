@@ -116,7 +116,14 @@ def opt(folder: Path, **numbers: Any) -> Path:
 @pytest.mark.parametrize(
     "numbers",
     [
-        {"enable_bias": False, "layer_norm_elementwise_affine": False},  # Galactica of 6.7b to 120b
+        # as Galactica of 6.7b to 120b is published
+        {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "learned_embeddings": True,
+            "scale_embeddings": False,
+        },
         {"layer_norm_elementwise_affine": False},
         {"_remove_final_layer_norm": True},
     ],

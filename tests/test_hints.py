@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from ckpt_tool.checkpoint.hub_cache import root
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.errors import CkptToolError
+from ckpt_tool.errors import CkptToolError, Problem
+from ckpt_tool.program import in_words_of
 from ckpt_tool.verify import verify
 from tests.in_process import program
 
@@ -189,6 +191,21 @@ def test_a_folder_is_given_by_the_words_of_the_command(
         inner.symlink_to(folder)
     text = said(arguments, tmp_path, 2)
     assert text.partition("hint: give that folder: ")[2] == hint, text
+
+
+def test_a_folder_in_an_archive_may_have_any_name(tmp_path: Path) -> None:
+    """Its name is a stranger's: a quote in it was an internal error, and exit code 1 of `compare`."""
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        for folder in ("it's", "other"):
+            for states in ("model", "optim"):
+                archive.writestr(f"{folder}/zero_pp_rank_0_mp_rank_00_{states}_states.pt", b"")
+    for arguments, give in (("compare two.zip two.zip", "give"), ("plan auto --in two.zip", "--in")):
+        hint = said(arguments, tmp_path, 2).partition("hint: give the folder that is meant: ")[2]
+        assert hint == f"""unpack the archive, then {give} 'it'"'"'s'"""
+    (problem,) = in_words_of(
+        ["verify"], CkptToolError(Problem("kind", "text", hint="give --in it's"))
+    ).problems
+    assert problem.hint == "give it's"
 
 
 def test_a_checkpoint_of_before_2017_is_called_that(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,52 @@ def test_absurd_numbers_of_ranks_are_refused_before_they_are_counted(tmp_path: P
     changed(source, lambda held, _: vars(held["args"]).update(huge))
     (problem,) = refused(lambda: api.plan(source)).problems
     assert problem.kind == "bad-config" and "524288 x 524288 x 1" in problem.message
+
+
+THREE = Core(mcore(2, 60, 6, 2, 10, 44, 308, 3), ranks=2, parallel=3, stages=(1, 1), own=1)
+
+
+def test_ranks_of_which_one_has_more_copies_are_the_same_model(tmp_path: Path) -> None:
+    """Three processes save: two of them the first tensor-parallel rank's part of what both share."""
+    api.convert(written(Core(THREE.model), tmp_path / "whole"), tmp_path / "one")
+    source = written(replace(THREE, stages=()), tmp_path / "in")
+    assert folders(source) == ["mp_rank_00_000", "mp_rank_00_002", "mp_rank_01_001"]
+    api.convert(source, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "one")
+    levels = ("coverage", "bits")
+    assert api.verify(tmp_path / "out", source, levels=levels).status == "pass"
+
+    def other_copy(held: dict[str, Any], folder: str) -> None:
+        if folder == "mp_rank_00_002":
+            held["model"]["decoder.layers.1.self_attention.linear_proj.weight"][3, 5] += 1
+
+    changed(source, other_copy)
+    error = refused(lambda: api.convert(source, tmp_path / "again"))
+    assert error.kind == "shard-conflict" and "mp_rank_00_002" in error.text()
+    assert api.verify(tmp_path / "out", source, levels=levels).status == "fail"
+
+
+def test_a_rank_that_only_another_stage_has_is_named(tmp_path: Path) -> None:
+    """Processes after the first three hold what those have; of one of them the second stage is gone."""
+    source = written(THREE, tmp_path / "in")
+    fourth = next(source.rglob("mp_rank_01_000_001"))
+    shutil.copytree(fourth, fourth.parent / "mp_rank_01_000_000")
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert problem.kind == "missing-shard" and "7 files: mp_rank_01_001_000 not there" in problem.message
+
+
+def test_an_absurd_number_of_stages_is_refused_before_they_are_counted(tmp_path: Path) -> None:
+    """The tensor-parallel and expert-parallel ranks alone are those of a run with whole experts."""
+    source = written(replace(THREE, stages=()), tmp_path / "in")
+    changed(source, lambda held, _: vars(held["args"]).update(expert_tensor_parallel_size=2))
+    for name, stage in (("00_000", 0), ("01_001", 0), ("00_002", 99999)):
+        rank = next(source.rglob(f"mp_rank_{name}"))
+        rank.rename(rank.parent / f"mp_rank_{name[:2]}_{stage:03d}{name[2:]}")
+    (problem,) = refused(lambda: api.plan(source)).problems
+    assert (problem.kind, problem.message) == (
+        "missing-shard",
+        "expected ranks numbered from 0 on, found 3 up to mp_rank_01_000_001",
+    )
 
 
 def test_a_part_of_a_grid_is_no_run_of_whole_experts(tmp_path: Path) -> None:

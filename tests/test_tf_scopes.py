@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ckpt_tool.checkpoint import open_checkpoint
 from ckpt_tool.checkpoint.base import Checkpoint
 from ckpt_tool.checkpoint.opening import Limits
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
+from ckpt_tool.checkpoint.tf_scopes import scopes
 from ckpt_tool.errors import CkptToolError
 from tests.conftest import Written
 
@@ -76,6 +78,25 @@ def test_two_models_are_told_apart_by_their_scopes(other: str, words: str, tmp_p
     assert problem.kind == "unknown-family" and str(problem.hint).startswith(
         f"several models are in it, in the scopes {words}: save the variables of the one that is meant alone"
     )
+
+
+class Counted(str):
+    """Text that counts how often its end was compared."""
+
+    compared = 0
+
+    def __getitem__(self, key: Any) -> Counted:
+        return Counted(super().__getitem__(key))
+
+    def endswith(self, *given: Any) -> bool:
+        Counted.compared += 1
+        return super().endswith(*given)
+
+
+def test_each_scope_is_not_compared_with_all_others() -> None:
+    names = [Counted(f"{before}tower_{k}/{MODEL[0]}") for k in range(40) for before in ("", "adam/")]
+    assert scopes(names) == sorted(f"tower_{k}/" for k in range(40))
+    assert Counted.compared <= len(names)
 
 
 def test_an_average_is_left_out_beside_its_variable_and_read_where_it_is_alone(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ckpt_tool import api
 from ckpt_tool.checkpoint import zero
 from ckpt_tool.checkpoint.base import stored
+from ckpt_tool.checkpoint.deepspeed import are_parts
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.torch_zip import TorchZipFile
 from ckpt_tool.errors import CkptToolError
@@ -394,6 +395,25 @@ def test_ranks_on_the_disks_of_several_machines(tmp_path: Path) -> None:
     shutil.copytree(home, tmp_path / "nodes" / "node1", dirs_exist_ok=True)  # two whole runs
     shutil.copytree(home, tmp_path / "nodes" / "node0", dirs_exist_ok=True)
     assert problem(tmp_path / "nodes")[0] == "ambiguous-input"
+
+
+class Looked(list[str]):
+    """Names that count how often all of them are looked through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        Looked.times += 1
+        return super().__iter__()
+
+
+def test_files_are_dealt_out_to_many_folders_at_once() -> None:
+    """An archive of a stranger may have a folder for each of its files."""
+    homes = [f"node{k}/global_step7" for k in range(20)]
+    names = Looked(f"{home}/zero_pp_rank_{k}_mp_rank_00_optim_states.pt" for k, home in enumerate(homes))
+    assert are_parts(homes, names) and not are_parts([*homes, "node20"], names)
+    assert not are_parts(homes, [*names, names[3].replace("node3", "node4")])
+    assert Looked.times <= 3
 
 
 def test_a_universal_checkpoint_is_told_wherever_one_stands(tmp_path: Path) -> None:

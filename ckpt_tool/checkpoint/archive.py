@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
+from shlex import quote
 
 from ckpt_tool.checkpoint.base import Known
 from ckpt_tool.checkpoint.byte_range import ByteRange
@@ -158,7 +159,7 @@ def around(label: str) -> Around:
     return Around(
         label,
         label,
-        lambda sub: f"unpack the archive, then --in {sub}",
+        lambda sub: f"unpack the archive, then --in {quote(sub)}",
         lambda sub: sub.removeprefix(label).lstrip("/") or "DIR",
         first="unpack the archive into DIR; ",
     )

@@ -97,11 +97,15 @@ def runs_of(names: Collection[str]) -> list[str]:
 def are_parts(folders: Collection[str], names: Collection[str]) -> bool:
     """Whether each of the `folders` has files of ranks, of those among `names`, that no other has: as several
     machines save them, each on its own disk."""
-    held: list[set[str]] = []
-    for folder in folders:
-        below = (n.rpartition("/")[2] for n in names if n.startswith(f"{folder}/"))
-        held.append({n for n in below if is_share(n)})
-    return all(held) and len(set().union(*held)) == sum(map(len, held))
+    held: dict[str, set[str]] = {folder: set() for folder in folders}
+    for name in names:
+        above, _, last = name.rpartition("/")
+        while above and is_share(last):
+            if above in held:
+                held[above].add(last)
+            above = above.rpartition("/")[0]
+    parts = held.values()
+    return all(parts) and len(set().union(*parts)) == sum(map(len, parts))
 
 
 def is_universal(name: str) -> bool:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -213,7 +214,10 @@ def _around(address: str) -> Around:
     return Around(
         address,
         repo.rpartition("/")[2],
-        lambda sub: f"`hf download {repo} --include '{sub}*' --local-dir DIR`, then --in DIR/{sub}",
+        lambda sub: (
+            f"`hf download {repo} --include {quote(f'{sub}*')} --local-dir DIR`, "
+            f"then --in {quote(f'DIR/{sub}')}"
+        ),
         lambda sub: repo,
     )
 

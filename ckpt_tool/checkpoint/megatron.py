@@ -16,6 +16,7 @@ Source: NVIDIA/Megatron-LM v1.0 to core_v0.9.0, checkpointing.py.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from math import lcm, prod
 from typing import Any
@@ -171,29 +172,28 @@ def _place(m: re.Match[str], *, experts: bool = False) -> Place:
 def _check_grid(matches: Sequence[re.Match[str]], label: str) -> None:
     """Every stage of every rank once. What may be all that a run saved is told by the files, once opened."""
     places = [_place(m) for m in matches]
-    numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
-    twice = sorted({m["folder"] for m in matches if places.count(_place(m)) > 1})
+    counts = Counter(places)
+    twice = sorted({m["folder"] for m, place in zip(matches, places, strict=True) if counts[place] > 1})
     if twice:
         message = f"expected each rank once, found {' and '.join(twice)}"
         fail("ambiguous-input", message, file=label, hint=_TOGETHER)
     pairs = [(t, e if m["third"] else p) for (t, p, e), m in zip(places, matches, strict=True)]
-    if _shared_by(pairs) is not None:
-        return
-    sizes = [1 + max(p[k] for p in places) for k in range(3)]
-    if prod(sizes) > 16 * len(places) + 64:
+    if _shared_by(pairs) is None:
+        _check_complete(matches, label)
+
+
+def _check_complete(matches: Sequence[re.Match[str]], label: str) -> None:
+    """Fail with `missing-shard` unless there is every stage of every rank."""
+    there = {_place(m): m["folder"] for m in matches}
+    sizes = ranks, stages, experts = [1 + max(p[k] for p in there) for k in range(3)]
+    if prod(sizes) > 16 * len(there) + 64:
         fail(
             "missing-shard",
-            f"expected ranks numbered from 0 on, found {len(places)} up to {matches[-1]['folder']}",
+            f"expected ranks numbered from 0 on, found {len(there)} up to {there[max(there)]}",
             file=label,
             hint=ALL_RANKS,
         )
-    _check_complete(places, numbered, label)
-
-
-def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
-    """`numbered`: how many numbers a folder's name has after the first."""
-    there = set(places)
-    sizes = ranks, stages, experts = [1 + max(p[k] for p in places) for k in range(3)]
+    numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
     missing = [
         _folder((t, p, e), numbered)
         for t in range(ranks)
@@ -207,7 +207,7 @@ def _check_complete(places: Sequence[Place], numbered: int, label: str) -> None:
         said += f" x {experts} expert-parallel ranks" if numbered > 1 else ""
         fail(
             "missing-shard",
-            f"expected {said}, found {len(places)} of {prod(sizes)}: {_list(missing)} not there",
+            f"expected {said}, found {len(there)} of {prod(sizes)}: {_list(missing)} not there",
             file=label,
             hint=ALL_RANKS,
         )
@@ -295,8 +295,7 @@ def placed(checkpoint: Checkpoint) -> Placed:
         return made
     matches = [m for name in checkpoint.files if (m := _PATH.fullmatch(name))]
     if not whole and len(matches) == len(checkpoint.files):
-        numbered = max((2 if m["third"] else 1 if m["second"] else 0) for m in matches)
-        _check_complete([_place(m) for m in matches], numbered, checkpoint.path.name)
+        _check_complete(matches, checkpoint.path.name)
     if len(files) != len(checkpoint.files) or not whole:
         fail(
             "ambiguous-input",
@@ -318,8 +317,8 @@ def _routed(checkpoint: Checkpoint) -> bool:
 
 
 def _check_shared_out(run: Placed, label: str) -> None:
-    """Fail with `missing-shard` unless every stage has a file of each tensor-parallel rank, and of each share
-    of each expert-parallel rank's experts."""
+    """Fail with `missing-shard` unless every stage has a file of each tensor-parallel rank, of each share of
+    each expert-parallel rank's experts, and of all ranks that another stage has one of."""
     several = run.experts > 1
 
     def called(r: int, p: int) -> str:
@@ -338,7 +337,13 @@ def _check_shared_out(run: Placed, label: str) -> None:
     left = [
         called(r, p) for r in range(run.ranks) for p in range(run.stages) if (r % run.ranks, p) not in dense
     ]
-    if not gone and not left:
+    cut = [
+        folder_name(t, p, run.stages > 1, e if several else None)
+        for e, t in run.rows()
+        for p in range(run.stages)
+        if (t, p, e) not in run.files
+    ]
+    if not gone and not left and not cut:
         return
     said = f"{run.ranks} tensor-parallel ranks x {run.experts} expert-parallel ranks"
     unsaved = not gone and first < run.ranks and {t for t, _, _ in run.files} == set(range(first))
@@ -351,7 +356,7 @@ def _check_shared_out(run: Placed, label: str) -> None:
     fail(
         "missing-shard",
         f"expected {said}, each expert shared out over {run.own} (args: expert_tensor_parallel_size), found "
-        f"{len(run.files)} files: {_list(list(dict.fromkeys([*gone, *left])))} not there",
+        f"{len(run.files)} files: {_list(list(dict.fromkeys([*gone, *left, *cut])))} not there",
         file=label,
         hint=way,
     )

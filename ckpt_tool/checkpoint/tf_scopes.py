@@ -79,7 +79,11 @@ def _scope(names: Collection[str]) -> str:
 def scopes(names: Collection[str]) -> list[str]:
     """The scopes, or none (""), that models lie in; what an optimizer keeps of one is none of its own."""
     starts = {n[: found.end()] for n in names if (found := _ROOT.search(n)) and not n.endswith(VARIABLE)}
-    return sorted(s for s in starts if not any(o and o != s and s.endswith(f"/{o}") for o in starts))
+
+    def has_another(scope: str) -> bool:
+        return any(scope[at.end() :] in starts for at in re.finditer("/", scope[:-1]))
+
+    return sorted(s for s in starts if not has_another(s))
 
 
 def _rename(found: Unwrapped, own: Mapping[str, str], beside: Mapping[str, str]) -> None:

@@ -236,7 +236,7 @@ CLASS = Class(
         "tie_word_embeddings": True,
     },
     {**IDS, "max_position_embeddings": 2048},
-    idle=DECODER,
+    idle={**DECODER, "learned_embeddings": "not read: positions are always learned"},  # of Galactica
     words="decoder.embed_tokens.weight",
     positions="decoder.embed_positions.weight",
     dropouts={"dropout": 0.1, "attention_dropout": 0.0, "layerdrop": 0.0},
