@@ -81,6 +81,7 @@ def test_a_key_that_no_pass_reads_acts(key: str, value: Any, words: str) -> None
         ("initializer_range", 0.02),
         ("classifier_dropout", None),
         ("problem_type", "regression"),
+        ("num_steps", "global_step125000"),  # Pythia's
         ("use_cache", False),
     ],
 )
@@ -128,6 +129,14 @@ def test_nulls_and_a_flag_that_is_off_say_nothing_of_codes(
 def test_tokens_of_names_of_their_own_are_special() -> None:
     document = {"bos_token": "<s>", "image_token": {"content": "<i>"}, "add_bos_token": True, "x_token": None}
     assert listed(document) == {"<i>"}
+
+
+def test_a_published_code_llama_calls_its_own_pieces_tokens() -> None:
+    """As codellama/CodeLlama-7b-hf has them; `<FILL_ME>` is no piece."""
+    said = {"fill_token": "<FILL_ME>", "prefix_token": "▁<PRE>", "eot_token": "▁<EOT>"}
+    assert listed({"tokenizer_class": "CodeLlamaTokenizerFast", **said}) == set()
+    assert listed({"tokenizer_class": "CodeLlamaTokenizer", **said, "eot_token": "The"}) == {"The"}
+    assert listed({"tokenizer_class": "LlamaTokenizer", **said}) == {"<FILL_ME>", "▁<PRE>", "▁<EOT>"}
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------
