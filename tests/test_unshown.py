@@ -345,6 +345,38 @@ def test_cfg_of_parts_is_compared(conversions: Written, tmp_path: Path) -> None:
     assert failed(report) == ["reshard.pt: cfg.model.max_target_positions"]
 
 
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [
+        (PLAIN, "rope_theta", 5e3),
+        (PLAIN, "rms_norm_eps", 2e-5),  # norm_eps of params.json
+        (SEGMENTS, "layer_norm_eps", 2e-5),  # layernorm_epsilon of args
+    ],
+)
+def test_a_fact_that_is_given_on_the_way_back_is_what_the_files_say(
+    variant: str, key: str, value: float, conversions: Written, tmp_path: Path
+) -> None:
+    options = Options(settings={key: value})
+    api.convert(conversions(variant), tmp_path / "back", to="original", options=options)
+    report = verify(tmp_path / "back", conversions(variant), levels=CHEAP, settings={key: value})
+    assert (report.status, failed(report)) == ("pass", [])
+    assert f"{key} as given with --set, against what its files say" in report.headline
+    unasked = verify(tmp_path / "back", conversions(variant), levels=("coverage",))
+    (told,) = (f for f in unasked.findings if f.check == "manifest" and f.where == "ckpt-tool.json: options")
+    assert told.status == "fail" and f"found {key} = {value}, recorded in the manifest" in told.message
+
+
+@pytest.mark.parametrize("variant", [PLAIN, "opt-350m", SEGMENTS])
+def test_a_key_that_is_left_out_on_the_way_back_is_no_fact_of_the_original(
+    variant: str, conversions: Written, tmp_path: Path
+) -> None:
+    source = copied(conversions(variant), tmp_path / "in")
+    edit(source / "config.json", logit_scale=0.5)
+    api.convert(source, tmp_path / "back", to="original", options=Options(settings={"logit_scale": None}))
+    report = verify(tmp_path / "back", source, levels=CHEAP)
+    assert (report.status, failed(report)) == ("pass", [])
+
+
 # --- compare ----------------------------------------------------------------------------------------------
 
 
@@ -366,6 +398,17 @@ def test_what_one_config_alone_says_is_a_difference(
         report = compare(a, b, logits=False)
         assert report.status == "fail" and where in failed(report)
     assert compare(other, other, logits=False).status == "pass"
+
+
+@pytest.mark.parametrize("dtype", [{}, {"text_config": "bfloat16"}, ["bfloat16"]])
+def test_a_dtype_that_is_no_name_is_a_difference(
+    dtype: Any, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """It ended in a TypeError."""
+    other = copied(conversions(PLAIN), tmp_path / "b")
+    edit(other / "config.json", torch_dtype=dtype)
+    assert "config.json: torch_dtype" in failed(verify(other, originals(PLAIN), levels=CHEAP))
+    assert failed(compare(conversions(PLAIN), other, logits=False)) == ["torch_dtype"]
 
 
 def test_what_was_not_compared_is_in_the_headline(conversions: Written, tmp_path: Path) -> None:
