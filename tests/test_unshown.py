@@ -414,10 +414,11 @@ def test_a_dtype_that_is_no_name_is_a_difference(
 def test_what_was_not_compared_is_in_the_headline(conversions: Written, tmp_path: Path) -> None:
     other = copied(conversions(PLAIN), tmp_path / "b")
     edit(other / "tokenizer_config.json", add_eos_token=True)
-    edit(other / "config.json", weird=3)
+    edit(other / "config.json", weird=3, suppress_tokens=[5])
     (other / "adapter_config.json").write_text("{}")
     assert compare(conversions(PLAIN), other, logits=False).headline == (
         "the tensors and the tokenizer are the same; config not compared: weird has nothing in A and 3 in B, "
-        "which is not known here; tokenizer_config.json says other things, which are noted; B alone has "
-        "files that loaders take, which are noted"
+        "which is not known here; config.json says other sampling values, which are noted; "
+        "tokenizer_config.json says other things, which are noted; B alone has files that loaders take, "
+        "which are noted"
     )
