@@ -21,6 +21,7 @@ from ckpt_tool.verify.certificate import Request, as_bytes, certify
 from ckpt_tool.verify.certificate_check import check
 from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.compare import compare
+from ckpt_tool.verify.coverage import SHOWN
 from ckpt_tool.verify.meanings import acts
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.strangers import taken_for
@@ -308,6 +309,26 @@ def test_a_fault_of_the_source_is_called_no_difference(originals: Written, tmp_p
     said = [f.message for f in report.findings if f.status == "fail"]
     assert len(said) == 2 and all(text.endswith(", as the source has it") for text in said)
     assert (report.exit_code, report.exactness) == (1, "bit-identical")
+
+
+def test_many_faults_of_the_source_are_no_difference_either(originals: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals(PLAIN), tmp_path / "original"))
+    file = source / "consolidated.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.startswith("layers.")][: SHOWN + 1]:
+        tensors[name].zero_()
+    save_file(tensors, file)
+    api.convert(source, tmp_path / "out", family="mistral")
+    report = verify(tmp_path / "out", source, levels=CHEAP)
+    said = [f.message for f in report.findings if f.status == "fail"]
+    assert len(said) == SHOWN + 1 and said[-1] == "1 more of this kind"
+    assert (report.exit_code, report.exactness) == (1, "bit-identical")
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as held:  # a bit of another tensor
+        held.seek(-1, 2)
+        last = held.read()[0]
+        held.seek(-1, 2)
+        held.write(bytes([last ^ 1]))
+    assert verify(tmp_path / "out", source, levels=CHEAP).exactness == "differs"
 
 
 # --- the way back -----------------------------------------------------------------------------------------
