@@ -242,7 +242,7 @@ class _Reader:
         for key in ("dtype", "torch_dtype"):
             self.used.add(key)
             if (said := self.config.get(key)) is not None:
-                value = said.removeprefix("torch.") if isinstance(said, str) else said
+                value = said.removeprefix("torch.") if isinstance(said, str) else shown(said)
                 made.append(Meaning(value, said, key))
         if len(made) == 2 and made[0].value != made[1].value:
             since, until = "read by transformers 4.56 and later", "read by those before"

@@ -66,11 +66,14 @@ class Manifest:
     @property
     def settings(self) -> dict[str, Any]:
         """The facts that the user gave when converting, and on the way back those of the original that no
-        file of it says."""
-        shown = {k: value for k, (value, source) in self.config.items() if source.startswith(ASKED_FOR)}
-        facts = self.original.get("facts")
-        again = facts if self.direction == "to-original" and isinstance(facts, dict) else {}
-        return {**again, **self.options.get("settings", {}), **shown}
+        file of it says. What is written has the original's names then (norm_eps), which no fact has: they
+        tell of manifests alone that record no settings."""
+        facts, back = self.original.get("facts"), self.direction == "to-original"
+        given = self.options.get("settings", {})
+        known = {} if back and given else self.config
+        shown = {k: value for k, (value, source) in known.items() if source.startswith(ASKED_FOR)}
+        again = facts if back and isinstance(facts, dict) else {}
+        return {**again, **given, **shown}
 
 
 def read_manifest(checkpoint: Checkpoint) -> Manifest | None:

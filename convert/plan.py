@@ -393,7 +393,7 @@ def assemble(
         strict_replicas=options.strict_replicas,
         original=original or {},
         foretold=tuple(foretold),
-        asked=_asked(options, config),
+        asked=_asked(options, config, direction),
         turns=turns,
         unread=unread,
     )
@@ -515,9 +515,11 @@ def dropped_names(asked: Iterable[str], checkpoint: Checkpoint) -> tuple[str, ..
     return tuple(found)
 
 
-def _asked(options: Options, config: Mapping[str, Value]) -> dict[str, Any]:
-    """`settings` are those that the config does not show; null leaves a key of the source out."""
-    settings = {k: v for k, v in options.settings.items() if k not in config}
+def _asked(options: Options, config: Mapping[str, Value], direction: str) -> dict[str, Any]:
+    """`settings` are those that the config does not show, and all where it has the original's names; null
+    leaves a key of the source out."""
+    back = direction == "to-original"
+    settings = {k: v for k, v in options.settings.items() if back or k not in config}
     packed = (
         {} if options.dequantize is None else {"dequantize": options.dequantize, "recipe": options.recipe}
     )

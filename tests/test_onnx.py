@@ -28,6 +28,7 @@ from ckpt_tool.reference.phases import leaves
 from ckpt_tool.verify import onnx_export, onnx_made, onnx_mistakes, onnx_parity
 from ckpt_tool.verify.onnx_export import DATA, for_task, form_of, needed
 from ckpt_tool.verify.onnx_judges import source_of
+from ckpt_tool.verify.onnx_partly import RUN, RUNS, in_part
 from ckpt_tool.verify.onnx_runs import Case, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph, pieces, put_outside, without_values
 from ckpt_tool.verify.sides import converted_side
@@ -525,6 +526,34 @@ def test_weights_are_compared_under_their_names(
     with source_of(converted, None, None) as source, closing(open_onnx(path)) as file:
         (finding,) = onnx_parity._weights(file, source.converted(torch.float32))
     assert finding.status == status and words in finding.message
+
+
+class _Graph:
+    """Tensors as a graph holds them, and how many bytes were read."""
+
+    def __init__(self, held: dict[str, np.ndarray[Any, Any]]) -> None:
+        self.held, self.read = held, 0
+        self.tensors = {n: TensorInfo(n, "F32", x.shape, "model.onnx") for n, x in held.items()}
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self.read += len(buffer)
+        buffer[:] = self.held[name].tobytes()[offset : offset + len(buffer)]
+
+
+def test_tensors_that_share_no_number_are_not_read_in_pairs() -> None:
+    """Of a graph in which all weights of one shape have something folded in; and the row that differs of one
+    that is there, transposed."""
+    shape, rng = (40, 50), np.random.default_rng(5)
+    right = {f"w{k}": rng.standard_normal(shape).astype(np.float32) for k in range(6)}
+    tensors = {n: torch.from_numpy(x) for n, x in right.items()}
+    other: Any = _Graph({f"g{k}": x * 3 for k, x in enumerate(right.values())})
+    assert [*in_part(other, tensors, [*right], [*other.tensors])] == []
+    assert other.read <= 6 * RUNS * RUN * 4
+    partly = right["w2"].T.copy()
+    partly[7] = 1
+    one: Any = _Graph({"g0": right["w1"] * 3, "g1": partly})
+    (text,) = in_part(one, tensors, [*right], [*one.tensors])
+    assert text == "g1 holds w2 but for 40 of its 2,000 numbers"
 
 
 def test_weights_in_float16_under_their_names_are_told_as_such(

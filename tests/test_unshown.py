@@ -21,6 +21,7 @@ from ckpt_tool.verify.certificate import Request, as_bytes, certify
 from ckpt_tool.verify.certificate_check import check
 from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.compare import compare
+from ckpt_tool.verify.coverage import SHOWN
 from ckpt_tool.verify.meanings import acts
 from ckpt_tool.verify.report import Finding, Report
 from ckpt_tool.verify.strangers import taken_for
@@ -81,6 +82,7 @@ def test_a_key_that_no_pass_reads_acts(key: str, value: Any, words: str) -> None
         ("initializer_range", 0.02),
         ("classifier_dropout", None),
         ("problem_type", "regression"),
+        ("num_steps", "global_step125000"),  # Pythia's
         ("use_cache", False),
     ],
 )
@@ -128,6 +130,14 @@ def test_nulls_and_a_flag_that_is_off_say_nothing_of_codes(
 def test_tokens_of_names_of_their_own_are_special() -> None:
     document = {"bos_token": "<s>", "image_token": {"content": "<i>"}, "add_bos_token": True, "x_token": None}
     assert listed(document) == {"<i>"}
+
+
+def test_a_published_code_llama_calls_its_own_pieces_tokens() -> None:
+    """As codellama/CodeLlama-7b-hf has them; `<FILL_ME>` is no piece."""
+    said = {"fill_token": "<FILL_ME>", "prefix_token": "▁<PRE>", "eot_token": "▁<EOT>"}
+    assert listed({"tokenizer_class": "CodeLlamaTokenizerFast", **said}) == set()
+    assert listed({"tokenizer_class": "CodeLlamaTokenizer", **said, "eot_token": "The"}) == {"The"}
+    assert listed({"tokenizer_class": "LlamaTokenizer", **said}) == {"<FILL_ME>", "▁<PRE>", "▁<EOT>"}
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------
@@ -301,6 +311,26 @@ def test_a_fault_of_the_source_is_called_no_difference(originals: Written, tmp_p
     assert (report.exit_code, report.exactness) == (1, "bit-identical")
 
 
+def test_many_faults_of_the_source_are_no_difference_either(originals: Written, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals(PLAIN), tmp_path / "original"))
+    file = source / "consolidated.safetensors"
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.startswith("layers.")][: SHOWN + 1]:
+        tensors[name].zero_()
+    save_file(tensors, file)
+    api.convert(source, tmp_path / "out", family="mistral")
+    report = verify(tmp_path / "out", source, levels=CHEAP)
+    said = [f.message for f in report.findings if f.status == "fail"]
+    assert len(said) == SHOWN + 1 and said[-1] == "1 more of this kind"
+    assert (report.exit_code, report.exactness) == (1, "bit-identical")
+    with (tmp_path / "out" / "model.safetensors").open("r+b") as held:  # a bit of another tensor
+        held.seek(-1, 2)
+        last = held.read()[0]
+        held.seek(-1, 2)
+        held.write(bytes([last ^ 1]))
+    assert verify(tmp_path / "out", source, levels=CHEAP).exactness == "differs"
+
+
 # --- the way back -----------------------------------------------------------------------------------------
 
 
@@ -336,6 +366,40 @@ def test_cfg_of_parts_is_compared(conversions: Written, tmp_path: Path) -> None:
     assert failed(report) == ["reshard.pt: cfg.model.max_target_positions"]
 
 
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [
+        (PLAIN, "rope_theta", 5e3),
+        (PLAIN, "rms_norm_eps", 2e-5),  # norm_eps of params.json
+        (SEGMENTS, "layer_norm_eps", 2e-5),  # layernorm_epsilon of args
+    ],
+)
+def test_a_fact_that_is_given_on_the_way_back_is_what_the_files_say(
+    variant: str, key: str, value: float, conversions: Written, tmp_path: Path, few_prompts: None
+) -> None:
+    """And by what both are computed."""
+    options = Options(settings={key: value})
+    api.convert(conversions(variant), tmp_path / "back", to="original", options=options)
+    levels = (*CHEAP, "parity") if key == "rms_norm_eps" else CHEAP
+    report = verify(tmp_path / "back", conversions(variant), levels=levels, settings={key: value})
+    assert (report.status, failed(report)) == ("pass", [])
+    assert f"{key} as given with --set, against what its files say" in report.headline
+    unasked = verify(tmp_path / "back", conversions(variant), levels=("coverage",))
+    (told,) = (f for f in unasked.findings if f.check == "manifest" and f.where == "ckpt-tool.json: options")
+    assert told.status == "fail" and f"found {key} = {value}, recorded in the manifest" in told.message
+
+
+@pytest.mark.parametrize("variant", [PLAIN, "opt-350m", SEGMENTS])
+def test_a_key_that_is_left_out_on_the_way_back_is_no_fact_of_the_original(
+    variant: str, conversions: Written, tmp_path: Path
+) -> None:
+    source = copied(conversions(variant), tmp_path / "in")
+    edit(source / "config.json", logit_scale=0.5)
+    api.convert(source, tmp_path / "back", to="original", options=Options(settings={"logit_scale": None}))
+    report = verify(tmp_path / "back", source, levels=CHEAP)
+    assert (report.status, failed(report)) == ("pass", [])
+
+
 # --- compare ----------------------------------------------------------------------------------------------
 
 
@@ -359,13 +423,25 @@ def test_what_one_config_alone_says_is_a_difference(
     assert compare(other, other, logits=False).status == "pass"
 
 
+@pytest.mark.parametrize("dtype", [{}, {"text_config": "bfloat16"}, ["bfloat16"]])
+def test_a_dtype_that_is_no_name_is_a_difference(
+    dtype: Any, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """It ended in a TypeError."""
+    other = copied(conversions(PLAIN), tmp_path / "b")
+    edit(other / "config.json", torch_dtype=dtype)
+    assert "config.json: torch_dtype" in failed(verify(other, originals(PLAIN), levels=CHEAP))
+    assert failed(compare(conversions(PLAIN), other, logits=False)) == ["torch_dtype"]
+
+
 def test_what_was_not_compared_is_in_the_headline(conversions: Written, tmp_path: Path) -> None:
     other = copied(conversions(PLAIN), tmp_path / "b")
     edit(other / "tokenizer_config.json", add_eos_token=True)
-    edit(other / "config.json", weird=3)
+    edit(other / "config.json", weird=3, suppress_tokens=[5])
     (other / "adapter_config.json").write_text("{}")
     assert compare(conversions(PLAIN), other, logits=False).headline == (
         "the tensors and the tokenizer are the same; config not compared: weird has nothing in A and 3 in B, "
-        "which is not known here; tokenizer_config.json says other things, which are noted; B alone has "
-        "files that loaders take, which are noted"
+        "which is not known here; config.json says other sampling values, which are noted; "
+        "tokenizer_config.json says other things, which are noted; B alone has files that loaders take, "
+        "which are noted"
     )

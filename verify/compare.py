@@ -396,6 +396,10 @@ def _acting(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Finding]:
 def _generation(one: Shown, other: Shown) -> Iterator[Finding]:
     from ckpt_tool.checkpoint.strict_json import parse_object
 
+    inside = (generation.of_config(s.config) for s in (one, other))
+    data = {"said": "config.json says other sampling values, which are noted"}
+    for key, text in generation.differences(*inside):
+        yield finding("config", "generation config", "note", text, f"config.json: {key}", data=data)
     if GENERATION not in one.documents or GENERATION not in other.documents:
         return
     a, b = (parse_object(s.documents[GENERATION](), file=GENERATION) for s in (one, other))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -345,7 +346,10 @@ def _values(subject: Subject, scans: list[Scan]) -> Iterator[Finding]:
             what = "only zeros" if values.all_zero else "only denormal values"
             text = f"expected weights, found {what} ({s.tensor.numel} elements)"
             wrong.append(_odd(subject, s.tensor, text, {"kind": "non-finite"}, len(wrong) < SHOWN))
-    yield from capped(wrong)
+    told = [*capped(wrong)]
+    if len(wrong) > SHOWN and all(f.data.get(AS_SOURCE) for f in wrong[:SHOWN]):
+        told[-1] = replace(told[-1], data={AS_SOURCE: True})  # of those that were not looked at the bits tell
+    yield from told
     yield from capped(notes)
     floating = sum(s.tensor.dtype in FLOATS for s in scans)
     if not wrong:

@@ -13,8 +13,6 @@ from typing import Any
 
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.weight_sets import is_template
-from ckpt_tool.convert.facts_classes import GENERATION as FOR_GENERATION
-from ckpt_tool.convert.facts_classes import IDLE
 from ckpt_tool.convert.manifest import MANIFEST
 from ckpt_tool.convert.plan import Plan
 from ckpt_tool.errors import CkptToolError
@@ -176,11 +174,8 @@ def _from_config(subject: Subject, want: Mapping[str, Any]) -> Iterator[Finding]
     beside it says that it was made of that one (4.37.2 and 4.57.6, generation/utils.py)."""
     assert subject.plan is not None
     planned = {k: v.value for k, v in subject.plan.config.items()}
-    acting = {
-        *generation.DEFAULTS,
-        *(k for k, why in IDLE.items() if why == FOR_GENERATION),
-    } - generation.OUTPUT
-    inside = {k: v for k, v in subject.config.items() if k in acting and planned.get(k, ()) != v}
+    held = generation.of_config(subject.config)
+    inside = {k: v for k, v in held.items() if planned.get(k, ()) != v}
     for key, text in generation.differences({k: want[k] for k in want if k in inside}, inside):
         text += f"; releases 4 of transformers generate with it, as {GENERATION} says _from_model_config"
         yield finding("generation config", "fail", text, f"config.json: {key}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ckpt_tool.convert.facts_classes import GENERATION as FOR_GENERATION
+from ckpt_tool.convert.facts_classes import IDLE
+
 # Who wrote it, and when.
 BOOKKEEPING = frozenset(("_from_model_config", "transformers_version", "_commit_hash", "_name_or_path"))
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -53,6 +56,15 @@ DEFAULTS: Mapping[str, Any] = {
 # Of these what a search gives beside its tokens, and how it is computed.
 OUTPUT = frozenset(("output_attentions", "output_hidden_states", "output_scores", "output_logits",
                     "return_dict_in_generate", "use_cache", "low_memory"))  # fmt: skip
+
+
+_ACTING = {*DEFAULTS, *(k for k, why in IDLE.items() if why == FOR_GENERATION)} - OUTPUT
+
+
+def of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling values that stand in config.json, by which releases 4 of transformers generate where the file
+    beside it says that it was made of that one, or is not there."""
+    return {k: v for k, v in config.items() if k in _ACTING}
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ ACTING = {
     "prefix": "which pipelines of transformers put before every text",
     "task_specific_params": "which pipelines of releases 4 generate with",
 }
+IN_WORDS = ("problem_type", "num_steps")  # of training, which are words or which no class asks for
 RAISES = "with which releases of transformers do not load or run it"
 # Of keys that name a way to compute the ways that there are (4.37.2 to 5.23.0).
 ATTENTION = (
@@ -255,7 +256,7 @@ def acts(key: str, value: Any, want: Any) -> str | None:
         return (
             f"expected {', '.join(CHOICES[key])} or no such key, found {shown(value)}: {other}none that loads"
         )
-    counts = IDLE.get(key) == TRAINING and key != "problem_type"
+    counts = IDLE.get(key) == TRAINING and key not in IN_WORDS
     if (counts or key == "use_cache") and isinstance(value, str | list | dict):
         return f"expected a number, true or false, found {shown(value)}, {RAISES}"
     if key in PACKED and value == {}:

@@ -28,6 +28,7 @@ from ckpt_tool.verify.onnx_export import PRODUCER, for_task, kept_shapes
 from ckpt_tool.verify.onnx_judges import Results, Source, picked, results
 from ckpt_tool.verify.onnx_mistakes import Mistake, mistakes
 from ckpt_tool.verify.onnx_names import EXPORTER_RTOL, of_rows, own_task, tolerance
+from ckpt_tool.verify.onnx_partly import in_part
 from ckpt_tool.verify.onnx_runs import Case, Interface, opened_graph, recognised
 from ckpt_tool.verify.onnx_weights import in_graph
 from ckpt_tool.verify.prompts import (
@@ -451,30 +452,8 @@ def _weights(file: OnnxFile, side: Side) -> list[Finding]:
     own = file.model.producer_name == PRODUCER and any(file.tensors[n].dtype == "F32" for n in other)
     found = {*names} - {*renamed}
     loose = [n for n, digest in held.items() if n not in found and digest not in seen]
-    texts = (_in_part(file, n, tensors[n].numpy(), loose) for n in missing if n not in rounded)
-    partly = [text for text in texts if text]
+    partly = [*in_part(file, tensors, [n for n in missing if n not in rounded], loose)]
     return [_in_it(len(names), missing, other, exchanged, rounded, own, partly)]
-
-
-def _in_part(file: OnnxFile, name: str, x: np.ndarray, loose: list[str]) -> str | None:
-    """In words, where one of the graph's tensors is this one but for the lesser part of its numbers: what
-    folds something in changes all of them, and of rows that no prompt has no result tells."""
-    for n in loose:
-        t = file.tensors[n]
-        if t.dtype not in ("F32", "F16") or t.shape not in (x.shape, x.T.shape):
-            continue
-        found = np.empty(t.shape, DTYPES[t.dtype].value)
-        file.read_into(n, 0, found.reshape(-1).view(np.uint8).data)
-        for wanted in (x, x.T) if t.shape == x.shape[::-1] and x.ndim == 2 else (x,):
-            if wanted.shape != t.shape:
-                continue
-            with np.errstate(over="ignore"):
-                rounded = wanted.astype(found.dtype)
-            same = rounded.view(f"u{found.itemsize}") == found.view(f"u{found.itemsize}")
-            full = wanted != 0  # which no factor changes
-            if not same.all() and 2 * int((same & full).sum()) > int(full.sum()):
-                return f"{n} holds {name} but for {int((~same).sum()):,} of its {same.size:,} numbers"
-    return None
 
 
 def _halved(x: np.ndarray) -> set[bytes]:

@@ -16,11 +16,12 @@ from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import as_families_know, codes_apart
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import headers_digest
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.errors import CkptToolError, printable
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.partitions import joined_anew
 
+NOTHING: Mapping[str, Value] = {}
 # How the source of a value begins that a rule gave, or the shape of a table that may be padded, and no file
 # of the source says: a user may know better.
 RULES = re.compile(
@@ -61,18 +62,25 @@ def find_source(
 
 
 def settled(
-    plan: Callable[[Options], Plan], options: Options, given: Mapping[str, Any]
+    plan: Callable[[Options], Plan],
+    options: Options,
+    given: Mapping[str, Any],
+    said: Mapping[str, Value] = NOTHING,
 ) -> tuple[Recorded, Options]:
     """The options as the source lets them stand. Each recorded setting is left out once: where the source
-    then says another value, that one is used; `given` now by the user is not questioned. Raises what `plan`
-    raises."""
+    then says another value, that one is used; `given` now by the user is not questioned. `said` are values of
+    the source that a plan has under other names. Raises what `plan` raises."""
+
+    def without(name: str) -> Value | None:
+        rest = {k: v for k, v in options.settings.items() if k != name}
+        return plan(replace(options, settings=rest)).config.get(name, said.get(name))
+
     contradicts, trusted = [], []
     kept = dict(options.settings)
     for name in [n for n in options.settings if n not in given]:
-        rest = {k: v for k, v in options.settings.items() if k != name}
         value, shown = options.settings[name], _shown(options.settings[name])
         try:
-            alone = plan(replace(options, settings=rest)).config.get(name)
+            alone = without(name)
         except CkptToolError:
             why = "nothing in the source tells it" if value is not None else "left out of the source"
             trusted.append(f"{name} = {shown}: {why}")
@@ -89,21 +97,20 @@ def settled(
                 f"manifest as given by the user; --set {name}={shown} says that it is right"
             )
             del kept[name]
-    insisted = _insisted(plan, replace(options, settings=kept), given)
+    insisted = _insisted(without, {n: v for n, v in kept.items() if n in given})
     return Recorded(tuple(contradicts), tuple(trusted), insisted), replace(options, settings=kept)
 
 
-def _insisted(plan: Callable[[Options], Plan], options: Options, given: Mapping[str, Any]) -> dict[str, str]:
-    """What is given now where the source's files say another value, in words."""
+def _insisted(without: Callable[[str], Value | None], given: Mapping[str, Any]) -> dict[str, str]:
+    """What is given now where the source's files say another value, in words; `without` tells it."""
     made = {}
-    for name in (n for n in options.settings if n in given):
+    for name, value in given.items():
         try:
-            rest = {k: v for k, v in options.settings.items() if k != name}
-            alone = plan(replace(options, settings=rest)).config.get(name)
+            alone = without(name)
         except CkptToolError:
             continue  # which does not tell it
-        if alone is not None and alone.value != given[name] and not RULES.match(alone.source):
-            made[name] = f"{name} = {_shown(given[name])} instead of {_shown(alone.value)} ({alone.source})"
+        if alone is not None and alone.value != value and not RULES.match(alone.source):
+            made[name] = f"{name} = {_shown(value)} instead of {_shown(alone.value)} ({alone.source})"
     return made
 
 

@@ -361,12 +361,16 @@ def _same_layout(subject: Subject, dtype: torch.dtype, device: str) -> Side:
 
 
 def converted_side(subject: Subject, dtype: torch.dtype, device: str) -> Side:
-    """The reading of the Hugging Face layout by config.json alone."""
+    """The reading of the Hugging Face layout by config.json, and on the way back by what the user says now
+    against it, with which the output was planned."""
     assert subject.hf is not None
+    back, insisted = subject.direction == "to-original", subject.recorded.insisted
+    given = {k: v for k, v in subject.settings.items() if back and (v is None or k in insisted)}
     (architecture, *_) = subject.config.get("architectures") or [""]
     module = reference.converted(str(architecture))
     _within_reason(subject.config)
-    read = _plain(subject.config, subject.hf, subject.settings)
+    said = overlaid(subject.config, given) if given else subject.config
+    read = _plain(said, subject.hf, subject.settings)
     config = module.Config.from_hf(read)
     checkpoint = subject.hf if subject.direction == "to-hf" else cast_forward(subject.hf, subject.plan)
     return side_of(

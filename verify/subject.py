@@ -16,10 +16,10 @@ from ckpt_tool.checkpoint.dcp_names import FORMAT as DISTRIBUTED
 from ckpt_tool.checkpoint.opening import Limits, open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert import canonical
-from ckpt_tool.convert.facts import class_of, classes
+from ckpt_tool.convert.facts import class_of, classes, read
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, codes_apart, family
 from ckpt_tool.convert.kept import Manifest, read_manifest
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import near_misses, spelled, with_config
 from ckpt_tool.errors import CkptToolError, Problem, fail
@@ -278,7 +278,8 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
 
     options = _options(subject)
     try:
-        subject.recorded, options = settled(plan, options, given)
+        said = {} if forth else _numbers(subject.config)
+        subject.recorded, options = settled(plan, options, given, said)
         subject.plan = plan(options)
         if forth:
             _as_planned(subject)
@@ -294,6 +295,13 @@ def _make_plan(subject: Subject, given: Mapping[str, Any]) -> None:
         if given and any(p.kind == "usage" for p in error.problems):
             raise  # a slip in what the user gives now
         subject.problems = error.problems
+
+
+def _numbers(config: Mapping[str, Any]) -> dict[str, Value]:
+    """What config.json says that changes what a model computes, which originals have under other names."""
+    kind = class_of(config)
+    found = {} if kind is None else read(config, kind).numbers
+    return {n: Value(m.value, f"config.json: {m.where}") for n, m in found.items() if not m.default}
 
 
 def _as_planned(subject: Subject) -> None:

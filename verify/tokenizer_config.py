@@ -12,6 +12,14 @@ from ckpt_tool.verify.tokenizer_ids import FLAGS, Difference, Ids, flags, shown
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE_ROLES = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 NO_TOKENS = ("add_bos_token", "add_eos_token")
+# What every published Code Llama says of its own class: pieces of the vocabulary, and a mark that none is.
+INFILLING = {
+    "prefix_token": "▁<PRE>",
+    "middle_token": "▁<MID>",
+    "suffix_token": "▁<SUF>",
+    "eot_token": "▁<EOT>",
+    "fill_token": "<FILL_ME>",
+}
 NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
 CODE = ("auto_map", "custom_pipelines")
 # The class that reads the file as it stands, under its names of transformers 4 and 5.
@@ -226,7 +234,9 @@ def listed(*documents: Mapping[str, Any]) -> set[str]:
     found: set[str] = set()
     for document in documents:
         own = (k for k in document if k.endswith("_token") and k not in (*ROLES, *DEFAULTS, *NO_TOKENS))
-        found |= {text for key in own if (text := content(document[key])) is not None}
+        usual = INFILLING if plain_class(document.get("tokenizer_class")) == "CodeLlamaTokenizer" else {}
+        texts = {key: content(document[key]) for key in own}
+        found |= {text for key, text in texts.items() if text is not None and text != usual.get(key)}
         for key in MORE_ROLES:
             value = document.get(key)
             entries = (

@@ -9,8 +9,9 @@ from itertools import zip_longest
 from ckpt_tool.checkpoint.pickle_records import Inert
 from ckpt_tool.checkpoint.torch_zip_writer import Held, Namespace
 from ckpt_tool.convert.facts import class_of, differences, read
+from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.optimizer_ranks import SCHEDULERS
-from ckpt_tool.convert.plan import Options, Plan
+from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.errors import CkptToolError, printable
 from ckpt_tool.verify.coverage import UNDECIDED
 from ckpt_tool.verify.recorded import RULES
@@ -71,22 +72,40 @@ def _fields(value: object) -> object:
 
 
 def _read_back(subject: Subject) -> Iterator[Finding]:
-    """Numbers that a conversion of the output takes from its files, and that config.json has otherwise."""
+    """Numbers that a conversion of the output takes from its files, and that config.json, or what was given
+    against it, has otherwise."""
     kind = class_of(subject.config)
     if subject.family is None or kind is None:
         return
     try:
-        back = subject.family.plan(subject.planned(subject.output), Options(settings=subject.settings)).config
+        back = _config_of(subject)
     except CkptToolError as error:  # of files of others a fact may be missing
         odd = [p for p in error.problems if p.kind not in UNDECIDED] if subject.manifest is not None else []
         for p in odd:
             where = ": ".join(x for x in (p.file, p.where) if x)
             yield _fail(f"a conversion of the output would be refused: {p.message}", where)
         return
-    right, made = (read(c, kind) for c in (subject.config, {k: v.value for k, v in back.items()}))
+    given = subject.settings
+    said_there = overlaid(subject.config, given) if given else subject.config
+    right, made = (read(c, kind) for c in (said_there, {k: v.value for k, v in back.items()}))
     for name, want, have in differences(right, made):
         said = back.get(name)
         if said is None or want is None or have is None:
             continue
         if name in right.numbers and not RULES.match(said.source):
-            yield _fail(f"expected {want.text} (config.json), found {have.text} ({said.source})", said.source)
+            asked = "--set" if name in given else "config.json"
+            yield _fail(f"expected {want.text} ({asked}), found {have.text} ({said.source})", said.source)
+
+
+def _config_of(subject: Subject) -> Mapping[str, Value]:
+    """What a conversion of the output would write: by its files alone, or where these lack a fact with what
+    was given on the way here."""
+    assert subject.family is not None
+    output = subject.planned(subject.output)
+    try:
+        return subject.family.plan(output, Options()).config
+    except CkptToolError as error:
+        given = {k: v for k, v in subject.settings.items() if v is not None}
+        if not given or any(p.kind != "missing-fact" for p in error.problems):
+            raise
+    return subject.family.plan(output, Options(settings=given)).config
