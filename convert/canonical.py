@@ -84,8 +84,8 @@ UNPOOLED = ("ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForQuestion
 IN_ANSWERING = "transformer."
 # What says in config.json that projections have biases, and their names; a family may have no rows for them.
 BIASED = {"attention_bias": r".*\.(self_attn|attention)\..*\.bias", "mlp_bias": r".*\.mlp\..*\.bias"}
-# What says there that modules have none, which a family's rows have: Galactica of 6.7 to 120 billion numbers
-# is an OPT like that (huggingface/transformers#20390).
+# What says there that modules have none, which a family's rows have: the large models
+# of Galactica are OPTs like that (huggingface/transformers#20390).
 DENIED = {
     "enable_bias": r".*\.(self_attn\.\w+|fc[12])\.bias",
     "layer_norm_elementwise_affine": r".*layer_norm\.(weight|bias)",

@@ -116,7 +116,7 @@ def opt(folder: Path, **numbers: Any) -> Path:
 @pytest.mark.parametrize(
     "numbers",
     [
-        # as Galactica of 6.7b to 120b is published
+        # as the large models of Galactica have it (transformers, pull request 20390)
         {
             "enable_bias": False,
             "layer_norm_elementwise_affine": False,
