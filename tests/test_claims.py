@@ -339,11 +339,13 @@ OWN = ("original", "options", "family", "direction")  # of a manifest, what a di
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a JSON value; of a list its first entry."""
+    """Where something stands in a JSON value; of a list its first entry, of a table whose entries are alike
+    three."""
     if at:
         yield at
     if isinstance(value, dict):
-        for key in list(value)[:12]:
+        kinds = {tuple(sorted(v)) if isinstance(v, dict) else type(v) for v in value.values()}
+        for key in list(value)[: 3 if len(kinds) == 1 else 12]:
             yield from paths(value[key], (*at, key))
     elif isinstance(value, list) and value:
         yield from paths(value[0], (*at, 0))
@@ -368,6 +370,7 @@ def test_no_value_of_a_manifest_ends_in_a_traceback(variant: str, pair: Pair) ->
     refused, tried = 0, 0
     for at in paths(right if variant == PLAIN else {k: right[k] for k in OWN}):
         for value in (None, True, -1, "x", [], [1], {}):
+            path.unlink()  # a file that is cut and written again is forced to the disk by some systems
             path.write_text(json.dumps(with_value(right, at, value)))
             for attempt in (
                 lambda: verify(out, levels="coverage", no_source=True),
