@@ -339,13 +339,11 @@ OWN = ("original", "options", "family", "direction")  # of a manifest, what a di
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something stands in a JSON value; of a list its first entry, of a table whose entries are alike
-    three."""
+    """Where something stands in a JSON value; of a list its first entry."""
     if at:
         yield at
     if isinstance(value, dict):
-        kinds = {tuple(sorted(v)) if isinstance(v, dict) else type(v) for v in value.values()}
-        for key in list(value)[: 3 if len(kinds) == 1 else 12]:
+        for key in list(value)[:12]:
             yield from paths(value[key], (*at, key))
     elif isinstance(value, list) and value:
         yield from paths(value[0], (*at, 0))
