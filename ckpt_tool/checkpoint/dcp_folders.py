@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.dcp_names import COMMON, DATA, METADATA
 from ckpt_tool.checkpoint.folders import Folder, Place
-from ckpt_tool.checkpoint.hf_slices import SlicedFile
 from ckpt_tool.checkpoint.megatron import TRACKER, current, is_iteration_folder
 from ckpt_tool.checkpoint.signs import pointer
 from ckpt_tool.errors import fail
 
 if TYPE_CHECKING:
     from ckpt_tool.checkpoint.dcp import DcpFile
+    from ckpt_tool.checkpoint.hf_slices import SlicedFile
 
 HEAD = 4096
 FIRST = b"state_dict_metadata"  # the first field of every `.metadata`
@@ -86,6 +86,7 @@ def open_folder(folder: Folder, prefix: str) -> DcpFile | SlicedFile:
     """The checkpoint in the part `prefix` of `folder`, with what Megatron keeps of the run as its metadata:
     of common.pt, or of an entry among the tensors. Kinds: those of `open_dcp`, and of a torch file."""
     from ckpt_tool.checkpoint.dcp import open_dcp
+    from ckpt_tool.checkpoint.hf_slices import SlicedFile
 
     file = open_dcp(lambda name: folder.place(prefix + name))
     try:

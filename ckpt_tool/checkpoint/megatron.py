@@ -309,7 +309,7 @@ def placed(checkpoint: Checkpoint) -> Placed:
 def _number(args: Mapping[str, Any], name: str, otherwise: int = 1) -> int:
     """A count among args."""
     found = args.get(name)
-    return found if type(found) is int and 0 < found < 1 << 20 else otherwise
+    return found if type(found) is int and 0 < found < MOST else otherwise
 
 
 def _routed(checkpoint: Checkpoint) -> bool:
