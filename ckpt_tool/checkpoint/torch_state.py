@@ -34,8 +34,12 @@ from ckpt_tool.records import dataclass
 _LISTED = "optimizer"
 _IN_GROUPS = re.compile(rf"{_LISTED}(\.\d+)?\.fp32_from_fp16(_params)?", re.ASCII).fullmatch
 _DTYPE_NAMES = {d.torch: d.name for d in DTYPES.values()}
-# Of no weights, such as tables of rotations: the name in safetensors, and bytes of an element.
-COMPLEX = {"complex64": ("C64", 8), "complex128": ("C128", 16)}
+# Of no weights, such as tables of rotations: the name in safetensors, where it has one, and bytes of an
+# element. Two of bfloat16 are new in torch 2.15.
+COMPLEX = {
+    **{"complex64": ("C64", 8), "complex128": ("C128", 16)},
+    **{"complex32": ("complex32", 4), "bcomplex32": ("bcomplex32", 4)},
+}
 _ITEMSIZES = {d.torch: d.itemsize for d in DTYPES.values()} | {n: size for n, (_, size) in COMPLEX.items()}
 _ELEMENT_LIMIT = 1 << 62
 _SHARES = ("DTensor", "ShardedTensor")
@@ -102,7 +106,7 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
         ]
         splitter.problems += _arrays(root, file)
     fail_all([*splitter.problems, *name_problems(state.tensors, file=file)])
-    turns = [n for n, t in state.tensors.items() if _COMPLEX_TURNS(n) and t.dtype.startswith("complex")]
+    turns = [n for n, t in state.tensors.items() if _COMPLEX_TURNS(n) and t.dtype in COMPLEX]
     for name in turns if len(turns) < len(state.tensors) else ():
         del state.tensors[name]
         state.notes = (*state.notes, f"{name} is left out: complex rotary factors, which models make anew")
