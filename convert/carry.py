@@ -1,6 +1,6 @@
 """Moving the blocks of a plan: read, reorder, cast, look at, checksum, write - in buffers that are reused.
 
-A block of 256 KiB stays in the cache from the read to the write (benchmarks/README.md has the measurements),
+A block of 256 KiB stays in the cache from the read to the write (benchmarks/profiles.md has the measurements),
 so each byte crosses the memory once in each direction. All calls that do work release the interpreter's lock.
 """
 
@@ -30,7 +30,7 @@ from ckpt_tool.convert.values import Values
 from ckpt_tool.records import dataclass
 
 CHUNK = 256 * 1024  # bytes moved at a time by a plain copy
-BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/README.md)
+BLOCK = 1 << 20  # bytes of a block that joins or cuts tensors: fewer, larger pieces (benchmarks/profiles.md)
 PIECE = 16 << 20  # bytes of one plain copy that one worker does in a row
 BATCH = 4 << 20  # bytes of small blocks handed to a worker together
 RUN_C = 4 << 10  # bytes of a run from which on its CRC-32C is worth the call; else it is taken in order later

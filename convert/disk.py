@@ -24,7 +24,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2
 WORTH_WRITING = 128 * 1024  # bytes; asking for less costs more than it saves
-AT_ONCE = 256 * 1024  # bytes of a write: larger ones can take eight times as long (benchmarks/README.md)
+AT_ONCE = 256 * 1024  # bytes of a write: larger ones can take eight times as long (benchmarks/profiles.md)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
 # What renameat2 answers where the kernel or the file system does not know the flag.

@@ -17,7 +17,7 @@ _local = threading.local()
 def assign(target: np.ndarray, source: np.ndarray) -> None:
     """`target[...] = source`, where the inner axes are exchanged in strips along the target's innermost one:
     each reads some rows of the source side by side and fills a part of each target row. numpy alone touches
-    a cache line for every element (benchmarks/README.md: 0.5 against 1.5 to 2.6 GB/s). A large matrix goes
+    a cache line for every element (benchmarks/profiles.md: 0.5 against 1.5 to 2.6 GB/s). A large matrix goes
     tile by tile."""
     wide = [a for a in range(target.ndim) if target.shape[a] > 1]
     inner = wide[-1] if wide else None

@@ -11,7 +11,7 @@ from ckpt_tool.convert.read_ahead import Work
 from ckpt_tool.convert.small import Together
 
 Batch = list[tuple[Bound, Block]]
-LEAD = 128 << 20  # bytes that a worker copies before it turns to small tensors (benchmarks/README.md)
+LEAD = 128 << 20  # bytes that a worker copies before it turns to small tensors (benchmarks/profiles.md)
 
 
 def turns(few: Iterator[Together], steps: Sequence[Bound], jobs: int) -> list[Iterator[Work]]:
