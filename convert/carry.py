@@ -1,6 +1,6 @@
 """Moving the blocks of a plan: read, reorder, cast, look at, checksum, write - in buffers that are reused.
 
-A block of 256 KiB stays in the cache from the read to the write (benchmarks/profiles.md has the measurements),
+A block of 256 KiB stays in the cache from the read to the write (measured in benchmarks/profiles.md),
 so each byte crosses the memory once in each direction. All calls that do work release the interpreter's lock.
 """
 
