@@ -202,7 +202,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     own = replace(options, drop=tuple(spelling.family.get(name, name) for name in options.drop))
     held = chosen.held(seen, own, spelling.architecture)
     _check_settings(held, checkpoint.json("config.json"), spelling.kind)
-    filled = held_steps(held)
+    filled = held_steps(held, own)
     expected = {n: p for n, p in _expected(filled).items() if _has(n, spelling)}
     there = {name: held for held, name in spelling.family.items()}
     fail_all(_biases(expected, held, chosen, spelling.kind))
