@@ -189,6 +189,58 @@ def test_a_params_json_that_says_tied_needs_no_head(originals: Written, tmp_path
     assert (tmp_path / "back/params.json").read_bytes() == (source / "params.json").read_bytes()
 
 
+@pytest.mark.parametrize("word", ["module.", "_orig_mod."])
+def test_settings_of_a_wrapped_opt_come_back(word: str, originals: Written, tmp_path: Path) -> None:
+    """The wrapper took the dict `model` with it, so what came back had no cfg, and its heads were asked."""
+    source = copied(originals("opt-350m"), tmp_path, world.prefixed(word))
+    api.convert(source, tmp_path / "out")
+    api.convert(tmp_path / "out", tmp_path / "back", to="original")
+    api.convert(tmp_path / "back", tmp_path / "again")
+    assert world.equal(world.tensors_of(tmp_path / "again"), world.tensors_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"torch_dtype": "auto"}, {"torch_dtype": "float32", "dtype": "bfloat16"}, {"torch_dtype": "bf16"}],
+)
+def test_a_config_of_two_dtypes_or_of_none_gets_that_of_the_tensors(
+    said: dict[str, str], conversions: Written, tmp_path: Path
+) -> None:
+    """config.json was kept as it is, and the conversion ended with exit code 1."""
+    source = copied(
+        conversions("llama-2-7b"), tmp_path, world.document("config.json", lambda c: c.update(said))
+    )
+    made = api.convert(source, tmp_path / "out")
+    assert made.report is not None and made.report.status == "pass"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {k: config[k] for k in said} == dict.fromkeys(said, "bfloat16")
+    assert verify(tmp_path / "out", source, levels=BITS).status == "pass"
+
+
+# --- experts --------------------------------------------------------------------------------------------
+
+
+def test_experts_of_a_mixtral_under_the_names_of_its_router_in_memory_are_read(
+    conversions: Written, tmp_path: Path
+) -> None:
+    """`mlp.` for `block_sparse_moe.`, expert by expert (EfficientMoE/MoE-Infinity#109), which transformers 5
+    loads."""
+
+    def called(folder: Path) -> None:
+        tensors = world.tensors_of(folder)
+        moved = {k.replace("block_sparse_moe.", "mlp."): v for k, v in tensors.items()}
+        assert moved.keys() != tensors.keys()
+        world.save(moved, folder / "model.safetensors")
+
+    source = copied(conversions("mixtral-b"), tmp_path, called)
+    made = api.convert(source, tmp_path / "out")
+    notes = [*made.opened, *made.plan.notes]
+    assert any(note.startswith("experts are called as transformers 5") for note in notes)
+    assert world.equal(world.tensors_of(tmp_path / "out"), world.tensors_of(conversions("mixtral-b")))
+    report = verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"))
+    assert report.status == "pass", [f.message for f in report.findings]
+
+
 # --- GPT-2 by other programs ----------------------------------------------------------------------------
 
 

@@ -276,7 +276,7 @@ def kept(source: Source) -> dict[str, Any]:
     form = form_of(source)
     return {
         "files": sorted(source.checkpoint.files, key=natural),
-        "prefix": source.prefix,
+        "prefix": _nested(source),
         "fused": form.fused,
         "head": form.head,
         "version": versions[0].dtype if versions else None,
@@ -370,6 +370,13 @@ def _kept(d: Decoder, checkpoint: Checkpoint) -> dict[str, Any]:
             message = f"expected what a conversion of {d.title} records, found {once[key]!r}"
             fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
     return once
+
+
+def _nested(source: Source) -> str:
+    """What stands before the names of the way back: the dict `model` also where a training program's wrapper
+    was taken off, as the settings that the file has stand beside it."""
+    beside = source.told is not None and not source.prefix.startswith("model.")
+    return f"model.{source.prefix}" if beside else source.prefix
 
 
 def part_names(shards: int, once: Mapping[str, Any]) -> list[str]:
