@@ -241,6 +241,15 @@ def test_experts_of_a_mixtral_under_the_names_of_its_router_in_memory_are_read(
     assert report.status == "pass", [f.message for f in report.findings]
 
 
+@pytest.mark.parametrize("around", [lambda m: m, lambda m: {"model": m, "epoch": 1}])
+def test_a_whole_model_says_how_to_keep_its_weights(around: Callable[[Any], object], tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4))
+    torch.save(around(model), tmp_path / "model.pt")
+    found = refusal(tmp_path / "model.pt", tmp_path)
+    assert found.kind == "unsafe-pickle"
+    assert found.hint is not None and "torch.save(model.state_dict(), OUT)" in found.hint
+
+
 # --- GPT-2 by other programs ----------------------------------------------------------------------------
 
 
