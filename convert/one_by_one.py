@@ -126,8 +126,8 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
             shares |= {share.info.name: share for share in made}
         files[file.name] = OneByOne(file, shares)
     fail_all(problems)
-    stacked = [p for p, parts in patterns if "e" not in p.groupindex and "{e}" in parts[0]]
-    reading = READING if any(p.fullmatch(n) for p in stacked for n in likely) else CALLED
+    several = [p for p, parts in patterns if "e" not in p.groupindex and "{e}" in parts[0]]
+    reading = READING if any(p.fullmatch(n) for p in several for n in likely) else CALLED
     return replace(checkpoint, files=files, readings=(*checkpoint.readings, reading))
 
 
