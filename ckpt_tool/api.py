@@ -124,7 +124,10 @@ def _family_of_converted(checkpoint: Checkpoint) -> Family:
         return family(made_by)
     if len(own) == 1:
         return family(own[0])
-    if (name := canonical.whose(checkpoint)) is not None and not own:
+    name = canonical.whose(checkpoint)
+    if name is not None and not architectures:  # a family takes it for the class that it writes
+        return family(name)
+    if name is not None and not own:
         fail(
             "unsupported",
             f"expected a class that originals of {name} are of, "

@@ -37,7 +37,7 @@ from ckpt_tool.convert.quantised_config import KEY
 from ckpt_tool.convert.quantised_view import carried_of, packing_beside, with_packing
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
-from ckpt_tool.convert.widths import CASTABLE
+from ckpt_tool.convert.widths import CASTABLE, DTYPE_KEYS, unclear
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 from ckpt_tool.records import dataclass
 
@@ -202,7 +202,7 @@ def canonical(checkpoint: Checkpoint, chosen: Family, options: Options) -> Plan:
     own = replace(options, drop=tuple(spelling.family.get(name, name) for name in options.drop))
     held = chosen.held(seen, own, spelling.architecture)
     _check_settings(held, checkpoint.json("config.json"), spelling.kind)
-    filled = held_steps(held)
+    filled = held_steps(held, own)
     expected = {n: p for n, p in _expected(filled).items() if _has(n, spelling)}
     there = {name: held for held, name in spelling.family.items()}
     fail_all(_biases(expected, held, chosen, spelling.kind))
@@ -628,7 +628,7 @@ def _config(
     checkpoint: Checkpoint, options: Options, held: Held, own: Class
 ) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
     """config.json as it is, byte for byte, unless the user says otherwise: --dtype, or --dequantize, whose
-    numbers loaders would round to a dtype that is said of the others."""
+    numbers loaders would round to a dtype that is said of the others; or unless it names no one dtype."""
     before = checkpoint.json("config.json")
     asked = options.settings
     out = {k for k, v in asked.items() if v is None and k not in held.facts.settings}  # left out as told
@@ -637,8 +637,10 @@ def _config(
     made = {**packing_beside(checkpoint), **{k: v for k, v in made.items() if k not in CODE}}
     flag = "--dequantize" if options.dtype is None else "--dtype"
     dtype = options.dtype if options.dequantize is None else options.dtype or held.source.dtype
+    if dtype is None and unclear(made):
+        dtype, flag = held.source.dtype, "dtype of the tensors"
     if dtype is not None:
-        names = [k for k in ("torch_dtype", "dtype") if k in made] or ["torch_dtype"]
+        names = [k for k in DTYPE_KEYS if k in made] or ["torch_dtype"]
         made |= dict.fromkeys(names, DTYPES[dtype].torch)
     values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()}
     if dtype is not None:

@@ -472,7 +472,7 @@ class _Reader:
             text = f"{len(kinds)} kinds" if isinstance(kinds, list) else kinds
             self.contradictions.append(
                 Contradiction(
-                    "sliding_window" if self.own.windows == "all" else "layer_types",
+                    "layer_types",
                     ("num_hidden_layers", layers, "the layers"),
                     ("layer_types", text, "a kind for each"),
                 )

@@ -15,7 +15,7 @@ from typing import Any
 from ckpt_tool import __version__
 from ckpt_tool.checkpoint.base import Checkpoint, TensorFile
 from ckpt_tool.checkpoint.strict_json import members
-from ckpt_tool.convert.plan import OutputDocument, Plan
+from ckpt_tool.convert.plan import ASKED, OutputDocument, Plan
 from ckpt_tool.convert.steps import as_steps
 from ckpt_tool.convert.widths import rounds
 from ckpt_tool.records import dataclass
@@ -182,7 +182,7 @@ def _options(plan: Plan) -> dict[str, Any]:
     }
     return {
         "dtype": cast.pop() if len(cast) == 1 else None,
-        "drop": [d.tensor.name for d in plan.dropped if d.reason == "asked for with --drop"],
+        "drop": [d.tensor.name for d in plan.dropped if d.reason == ASKED],
         "strict_replicas": plan.strict_replicas,
         **plan.asked,
     }

@@ -18,9 +18,10 @@ from ckpt_tool.errors import Problem, fail_all
 from ckpt_tool.records import dataclass
 
 # Name of the stacked tensor, of any layer {i}, to those it is made of: equal shares of its first dimension,
-# or with {e} of its second one, while the first counts e.
+# or with {e} of its second one, while the first counts e; with {e} on both sides it is only called otherwise.
 InMemory = Mapping[str, tuple[str, ...]]
 READING = "experts are stacked as transformers 5 holds them in memory: read one by one"
+CALLED = "experts are called as transformers 5 calls them in memory: read under their names on disk"
 # How what belongs to stacked codes is called behind their name, and behind that of one expert's.
 OF_CODES = {"_scale_inv": ".weight_scale_inv", "_activation_scale": ".activation_scale"}
 CODES, SCALES = "_blocks", "_scales"  # of MXFP4, behind the name of the numbers
@@ -125,7 +126,9 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
             shares |= {share.info.name: share for share in made}
         files[file.name] = OneByOne(file, shares)
     fail_all(problems)
-    return replace(checkpoint, files=files, readings=(*checkpoint.readings, READING))
+    several = [p for p, parts in patterns if "e" not in p.groupindex and "{e}" in parts[0]]
+    reading = READING if any(p.fullmatch(n) for p in several for n in likely) else CALLED
+    return replace(checkpoint, files=files, readings=(*checkpoint.readings, reading))
 
 
 def as_on_disk(checkpoint: Checkpoint, held_as: Mapping[str, str], told_by: Collection[str]) -> Checkpoint:
@@ -180,7 +183,7 @@ def _tail(template: str) -> str:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d{1,9})").replace(r"\{e\}", r"\d{1,9}")
+    text = re.escape(template).replace(r"\{i\}", r"(?P<i>\d{1,9})").replace(r"\{e\}", r"(?P<e>\d{1,9})")
     return re.compile(text, re.ASCII)
 
 
@@ -188,6 +191,8 @@ def _shares(tensor: TensorInfo, patterns: list[tuple[re.Pattern[str], tuple[str,
     """The tensor itself unless it is a stacked one; empty where that cannot be taken apart."""
     for pattern, parts in patterns:
         if found := pattern.fullmatch(tensor.name):
+            if (expert := found.groupdict().get("e")) is not None:
+                parts = tuple(part.replace("{e}", expert) for part in parts)
             return list(_apart(tensor, parts, found["i"]))
     return [Share(tensor, tensor.name, 0)]
 

@@ -467,6 +467,9 @@ def _written(steps: Steps, *, in_files: bool) -> ToWrite:
     return made
 
 
+ASKED = "asked for with --drop"
+
+
 def _unclaimed(
     steps: Steps, checkpoint: Checkpoint, ignored: Mapping[str, str], options: Options
 ) -> tuple[list[Dropped], list[TensorInfo]]:
@@ -475,7 +478,7 @@ def _unclaimed(
     for tensor in _others(checkpoint, steps.read()):
         reason = next((r for p, r in ignored.items() if re.fullmatch(p, tensor.name)), None)
         if reason is None and tensor.name in options.drop:
-            reason = "asked for with --drop"
+            reason = ASKED
         if reason is None:
             uncovered.append(tensor)
         else:

@@ -16,6 +16,8 @@ from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint, Given
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert import canonical
+from ckpt_tool.convert.dialects.published import model_type_of
+from ckpt_tool.convert.facts import classes
 from ckpt_tool.convert.families import FAMILIES, Family, as_families_know, family
 from ckpt_tool.convert.layer_axis import layers_apart, of_megatron
 from ckpt_tool.convert.params import NO_CONFIG
@@ -164,7 +166,13 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 def check_layout(checkpoint: Checkpoint) -> None:
     """Fail with `unsupported` where the names are another program's own, for which no family has rules."""
-    if (found := signs.layout(checkpoint.names())) is not None:
+    names = checkpoint.names()
+    found = signs.layout(names)
+    told = [n for n in names if n.endswith(signs.TURNING)]
+    kind = model_type_of(checkpoint) if told else None
+    if found is None and (kind is None or kind in classes()):  # classes unknown here have such names, too
+        found = signs.turned({n: t.shape for n in told for t in checkpoint.find(n)[:1]})
+    if found is not None:
         what, name, hint = found
         message = f"expected names of a layout that is read here, found {what}"
         fail_all([Problem("unsupported", message, checkpoint.path.name, name, hint)])

@@ -51,7 +51,8 @@ class Source:
     """`tensors` holds each name of the table once for every model-parallel rank, in their order, or for those
     that have a share of it; `ranks` is 1 where files hold whole tensors. `told` are the hyper-parameters that
     a file of weights carries beside its tensors, None without any; `prefix` stood before every name. `copies`
-    are further tensors that must equal one of `tensors`, by the file and the name of that."""
+    are further tensors that must equal one of `tensors`, by the file and the name of that. `layer` is the
+    pattern that finds a layer's number in a name, where files say how many `layers` there are by names."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, tuple[TensorInfo, ...]]
@@ -61,6 +62,7 @@ class Source:
     prefix: str = ""
     stages: int = 1
     copies: Mapping[tuple[str, str], tuple[Home, ...]] = field(default_factory=dict)
+    layer: str = ""
 
     def homes(self, name: str) -> list[Home]:
         """Where the tensor is and what it is called there, for each rank."""
@@ -87,6 +89,12 @@ class Source:
         """Whether the tensor is there, and not asked to be left out."""
         found = self.tensors.get(name, ())
         return bool(found) and not all(t.name in options.drop for t in found)
+
+    def kept_layers(self, options: Options) -> int:
+        """How many layers there are without what is asked to be left out."""
+        if not options.drop or not self.layer:
+            return self.layers
+        return layer_count((n for n in self.tensors if self.keeps(n, options)), self.layer)
 
     def first(self, name: str) -> TensorInfo | None:
         """The tensor as rank 0 holds it."""
@@ -133,7 +141,7 @@ def whole_tensors(checkpoint: Checkpoint, layer: str, rename: Callable[[str], st
         tensors = each_once(checkpoint, rename)
     if not tensors:
         fail("missing-tensor", "expected the tensors of a model, found none", file=checkpoint.path.name)
-    return Source(checkpoint, Single(tensors), 1, layer_count(tensors, layer))
+    return Source(checkpoint, Single(tensors), 1, layer_count(tensors, layer), layer=layer)
 
 
 def each_once(checkpoint: Checkpoint, rename: Callable[[str], str] = str) -> dict[str, TensorInfo]:

@@ -138,6 +138,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
         originals=source.column,
         converteds=lambda names: ([("", dtype)] * len(names), names),
         again=(lambda part: source.copies.get((part.file, part.name), ())) if source.copies else None,
+        options=options,
     )
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
@@ -170,7 +171,7 @@ def to_hf(table: Table, source: Source, options: Options, written: Written) -> P
     )
 
 
-def held_steps(held: Held) -> Expansion:
+def held_steps(held: Held, options: Options) -> Expansion:
     """The rows filled in for a model that is in the Hugging Face layout: the targets of the steps are its
     tensors as the table has them, whatever an original would hold. A `missing-tensor` problem for each that
     is not there; raises numbers of config.json that the shapes contradict, but for what no original could
@@ -186,6 +187,7 @@ def held_steps(held: Held) -> Expansion:
         originals=lambda names: ([("", source.dtype)] * len(names), names),
         converteds=source.column,
         again=None,
+        options=options,
     )
 
 
@@ -269,6 +271,7 @@ def to_original(
         originals=lambda names: _in_one_file(map(homes, names), names),
         converteds=source.column,
         again=again,
+        options=options,
     )
     if (words := table.words) is not None:
         filled.steps = filled.steps.changed(
@@ -321,6 +324,7 @@ def _filled_in(
     originals: Columns,
     converteds: Columns,
     again: Callable[[Part], Sequence[Home]] | None,
+    options: Options,
 ) -> Expansion:
     """The rows with every index filled in. `side` is that of the steps which the checkpoint holds. Numbers
     that no tensor confirms are raised at once: what else would be said follows from them."""
@@ -338,7 +342,8 @@ def _filled_in(
     for axis, rows in table.copies.items():
         filled.steps = _with_copies(filled.steps, axis, table.axes[axis], rows)
     _with_hints(filled, table)
-    layers = layer_problems(table.layers, source.layers)
+    more = source.kept_layers(options) > table.layers.value  # what is left out is no layer too many
+    layers = layer_problems(table.layers, source.layers) if more or source.layers < table.layers.value else []
     odd = disagreements(filled.steps, source.checkpoint, table.fields, side=side)
     if odd:
         fail_all([*layers, *(d.problem(table.numbers) for d in odd)])
@@ -404,6 +409,7 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
             "uncovered-tensors" if fewer else "missing-tensor",
             f"expected {layers.value} layers ({layers.source}), found tensors of {which}",
             where="num_hidden_layers",
+            hint=f"--set num_hidden_layers={found} if all of them are the model's" if found else None,
         )
     ]
 

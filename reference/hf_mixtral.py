@@ -3,7 +3,8 @@
 
 In memory transformers 5.23.0 (models/mixtral, MixtralExperts) has other names and one tensor for all experts
 of a layer: `mlp.gate.weight` (E, D), `mlp.experts.gate_up_proj` (E, 2F, D), whose halves are the gate, w1,
-and what it is multiplied with, w3; `mlp.experts.down_proj` (E, D, F) is w2.
+and what it is multiplied with, w3; `mlp.experts.down_proj` (E, D, F) is w2. It loads experts one by one under
+`mlp.experts.{e}.w1.weight`, too.
 """
 
 import re
@@ -43,6 +44,8 @@ def apart(w: Mapping[str, Tensor], name: str) -> Tensor:
     if expert is None:
         return w[name]
     p, e, kind = f"{expert[1]}mlp.experts.", int(expert[2]), expert[3]
+    if (single := f"{p}{e}.{kind}.weight") in w:
+        return w[single]
     if kind == "w2":
         return w[p + "down_proj"][e]
     gate, multiplied = w[p + "gate_up_proj"][e].chunk(2)

@@ -688,8 +688,14 @@ def test_a_scale_of_the_whole_that_is_missing_is_asked_for(made: Callable[..., P
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("experts.gate_up_proj", "experts.gate_up_projs.0.weight", "as Unsloth or vLLM holds them"),
+        ("experts.gate_up_proj", "experts.gate_up_projs.0.weight", "as Unsloth, vLLM or MLX holds them"),
+        ("experts.gate_up_proj", "experts.gate_proj.weight", "as Unsloth, vLLM or MLX holds them"),
         ("experts.gate_up_proj_blocks", "experts.w13_weight", "found them joined, as vLLM holds them"),
+        (
+            "router.weight",
+            "router.linear.weight",
+            "expected the router under its own name, found it as Unsloth",
+        ),
     ],
 )
 def test_experts_as_others_hold_them_are_named(
@@ -699,7 +705,7 @@ def test_experts_as_others_hold_them_are_named(
     folder = tmp_path / "in"
     convert(conversions("gpt-oss-20b"), folder, options=asked, check=False)
     tensors = held(folder)
-    for name in [n for n in tensors if "experts." in n]:
+    for name in [n for n in tensors if ".mlp." in n]:
         bits = tensors.pop(name)
         if name.endswith(old):
             tensors[name.replace(old, new)] = bits

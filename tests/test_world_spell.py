@@ -197,7 +197,7 @@ VALUES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "window true": ("gemma-2-2b", {"sliding_window": True}, BAD, "sliding_window"),
     "window of zero": ("gemma-2-2b", {"sliding_window": 0}, BAD, "sliding_window"),
     "mistral window": ("mistral-7b-v0.1", {"sliding_window": "32"}, BAD, "sliding_window"),
-    "kinds of layers": ("mistral-7b-v0.1", {"layer_types": ["full_attention"]}, BAD, "sliding_window"),
+    "kinds of layers": ("mistral-7b-v0.1", {"layer_types": ["full_attention"]}, BAD, "layer_types"),
     "unknown kinds": ("qwen2-0.5b", {"layer_types": ["linear_attention"] * 4}, NOT, "layer_types"),
     "a flag of one": ("qwen3-0.6b", {"use_sliding_window": 1}, BAD, "use_sliding_window"),
     "tied by null": ("gemma-2-2b", {"tie_word_embeddings": None}, BAD, "tie_word_embeddings"),

@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.zlibs import crc32
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.dtypes import WIDENED
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.convert.plan import Options
+from ckpt_tool.convert.plan import ASKED, Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.records import dataclass
@@ -210,10 +210,11 @@ def _planned(subject: Subject) -> Iterator[Finding]:
 
 
 def _left_out(subject: Subject) -> Iterator[Finding]:
-    """Tables of a source of the same layout that loading makes anew: whether they hold what is made."""
+    """Tables of a source of the same layout that loading makes anew: whether they hold what is made. What the
+    user had left out by name is said elsewhere, whatever it holds."""
     if not subject.keeps_layout or subject.plan is None or subject.source is None:
         return
-    dropped = [d.tensor for d in subject.plan.dropped]
+    dropped = [d.tensor for d in subject.plan.dropped if d.reason != ASKED]
     wrong, _ = explained(subject.source, subject.source.json("config.json"), dropped)
     yield from capped([finding("source tensors", "fail", f"left out: {w}", n) for n, w in wrong.items()])
 

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import DTYPES, FLOATS
 from ckpt_tool.convert.facts import Meaning, Reading, class_of, classes, differences, read, same, shown
 from ckpt_tool.convert.facts_classes import IDENTITY, IDLE, IDS, PACKED, TRAINING
+from ckpt_tool.convert.widths import NAMES_OF_DTYPES
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject, values_with_sources
 
@@ -53,7 +54,6 @@ UNASKED = (
     *("activation_dropout", "experts_per_token", "initial_context_length"),
     *("scale_attn_weights", "use_feature_dropout"),
 )
-NAMES_OF_DTYPES = {d.torch for d in DTYPES.values()}
 WITHOUT_EFFECT = frozenset({*IDENTITY, *IDLE, "dtype"})  # keys that no forward pass reads
 
 

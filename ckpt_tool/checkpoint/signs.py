@@ -9,7 +9,7 @@ Sources: the writers' own documentation and code: PEFT, accelerate (merge-weight
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 
 from ckpt_tool.errors import printable
@@ -544,6 +544,27 @@ def layout(names: Collection[str]) -> tuple[str, str, str] | None:
         if name := next(filter(found, names), None):
             return what, name, hint
     return None
+
+
+# GPT-2's names with each matrix as (out, in): the first model with these is one of Conv1D's, (in, out).
+TURNING = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight")  # the ends of names that tell
+TURNED = (
+    "GPT-2's names over matrices of (out, in), as nn.Linear and nanoGPT have them",
+    "transpose attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of every layer, which GPT-2's class has as"
+    " (in, out), and save them as pytorch_model.bin beside a config.json of GPT2LMHeadModel with the gelu of"
+    " the run (nanoGPT's is `gelu`); where it has no biases, add zeros",
+)
+
+
+def turned(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, str] | None:
+    """The same of the tensors whose names end as `TURNING` says, by their shapes."""
+    fused = next((n for n in shapes if n.endswith(TURNING[0])), "")
+    up = next((n for n in shapes if n.endswith(TURNING[1])), "")
+    rows, columns = (*shapes.get(fused, ()), 0, 0)[:2]
+    wide = (
+        rows == 3 * columns > 0 and len(shapes.get(up, ())) == 2 and shapes[up][1] == columns < shapes[up][0]
+    )
+    return (TURNED[0], fused, TURNED[1]) if wide else None
 
 
 _OF_A_CACHE = "fake_quantizer"  # in the names of scales of keys and values, which are no weights

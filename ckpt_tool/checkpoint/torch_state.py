@@ -50,6 +50,10 @@ _ONE = (
     "each, as in universal checkpoints of DeepSpeed, give the folder that they were made from"
 )
 _HINT = "nothing was imported or called; save a dict of tensors instead, or get the file from its publisher"
+_WHOLE = (  # where torch.save got the model and not its weights
+    "nothing was imported or called; this is a whole model: torch.save(model.state_dict(), OUT), where its "
+    "classes are, keeps its weights"
+)
 
 
 # What makes a tensor of torch one with numbers of its own.
@@ -100,7 +104,7 @@ def read_state(pickled: Pickled, *, file: str, lists: bool = False) -> State:
     splitter.split(root, "", state.metadata, root)
     if not state.tensors:
         splitter.problems += [
-            Problem("unsafe-pickle", f"expected a dict of tensors, found {describe(v)}", file, str(k), _HINT)
+            Problem("unsafe-pickle", f"expected a dict of tensors, found {describe(v)}", file, str(k), _WHOLE)
             for k, v in root.items()
             if type(v) is Inert and v.fields.keys() & {"_parameters", "_modules"}  # a whole torch module
         ]
@@ -160,8 +164,9 @@ def unsafe_problems(
             "" if paths is None else " outside the result" if path is None else f" at {path or 'the root'}"
         )
         found = f"a {'call' if called else 'mention'} of {g}{where} (byte {at} of the pickle)"
+        hint = _WHOLE if "_modules" in (path or "") or str(g).startswith("torch.nn.modules.") else _HINT
         problems.append(
-            Problem("unsafe-pickle", f"expected tensors and plain data, found {found}", file, path, _HINT)
+            Problem("unsafe-pickle", f"expected tensors and plain data, found {found}", file, path, hint)
         )
     return problems
 

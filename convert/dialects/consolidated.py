@@ -359,7 +359,7 @@ def open_download(checkpoint: Checkpoint, sees: bool = False) -> Source:
     if sum(len(ts) > 1 for ts in tensors.values()) <= len(tensors) // 2:
         return whole_tensors(checkpoint, layer)
     fail_all(rank_problems(files, {f: checkpoint.files[f].tensors for f in files}))
-    return Source(checkpoint, tensors, len(files), layer_count(names, layer))
+    return Source(checkpoint, tensors, len(files), layer_count(names, layer), layer=layer)
 
 
 def one_of_two(text: Family, seeing: Family, sees: Callable[[Checkpoint], bool]) -> Family:
@@ -645,7 +645,8 @@ def plan_original(d: Consolidated, checkpoint: Checkpoint, options: Options) -> 
     beside = [OutputDocument(n, c, "the tokenizer in the folder") for n, c in tokenizers.items()]
     kept = {"num_key_value_heads": known["num_key_value_heads"]}
     tied = bool(known[TIE])
-    head = not tied or bool(once.get("head", "tied_embeddings" not in params))
+    unsaid = not params_json.says_tied(said)  # its readers look for a head then
+    head = not tied or unsaid or bool(once.get("head", False))
     rows = decoder_rows(form.rows, embedding=axis, tied=tied, head=head)
     table = _whole(d, known, table_of(rows, values))
     return to_original(

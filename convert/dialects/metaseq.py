@@ -22,7 +22,7 @@ from ckpt_tool.convert.dialects.metaseq_settings import unread
 from ckpt_tool.convert.dialects.published import tokenizer_files
 from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
-from ckpt_tool.convert.numbers import Class, Field, Known, Size, table_of
+from ckpt_tool.convert.numbers import TIE, Class, Field, Known, Size, table_of
 from ckpt_tool.convert.options import SHARDS
 from ckpt_tool.convert.params import NO_CONFIG, Facts, left_out, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
@@ -39,12 +39,13 @@ from ckpt_tool.records import dataclass
 class Form:
     """What metaseq's files differ in: query, key and value in one tensor, projections between the widths of a
     word and of the model, a norm after the last layer; `head`: the output layer is stored too, "whole" or as
-    a "share"."""
+    a "share"; `unties`: it has values of its own, which only a model in the Hugging Face layout may have."""
 
     fused: bool
     projected: bool
     norm: bool
     head: str | None = None
+    unties: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ def open_original(checkpoint: Checkpoint) -> Source:
     if len(files) > 1:
         by_file = {f: _of_model(checkpoint.files[f].tensors, prefix) for f in files}
         fail_all(rank_problems(files, by_file))
-    layers = layer_count(tensors, r"layers\.(\d+)\.")
+    layer = r"layers\.(\d+)\."
     told = settings_of(checkpoint, files)
-    source = Source(checkpoint, tensors, len(files), layers, told, prefix)
+    source = Source(checkpoint, tensors, len(files), layer_count(tensors, layer), told, prefix, layer=layer)
     _check_ranks(source)
     return source
 
@@ -275,7 +276,7 @@ def kept(source: Source) -> dict[str, Any]:
     form = form_of(source)
     return {
         "files": sorted(source.checkpoint.files, key=natural),
-        "prefix": source.prefix,
+        "prefix": _nested(source),
         "fused": form.fused,
         "head": form.head,
         "version": versions[0].dtype if versions else None,
@@ -325,7 +326,9 @@ def held(d: Decoder, checkpoint: Checkpoint, options: Options, architecture: str
     facts = read_config(checkpoint, options.settings, (architecture,), own=d.config)
     source = converted_model(checkpoint)
     known = Known(d.fields, facts, source, options, d.config, {}, back=True)
-    return Held(table_of(known, d.rows(_form_there(source)), d.axes), source, facts)
+    said = {**(facts.document or {}), **facts.settings}
+    form = replace(_form_there(source), unties=said.get(TIE) is False and "lm_head.weight" in source.tensors)
+    return Held(table_of(known, d.rows(form), d.axes), source, facts)
 
 
 def _form_there(source: Source, once: Mapping[str, Any] | None = None) -> Form:
@@ -367,6 +370,13 @@ def _kept(d: Decoder, checkpoint: Checkpoint) -> dict[str, Any]:
             message = f"expected what a conversion of {d.title} records, found {once[key]!r}"
             fail("bad-config", printable(message, 200), file="ckpt-tool.json", where=f"original.{key}")
     return once
+
+
+def _nested(source: Source) -> str:
+    """What stands before the names of the way back: the dict `model` also where a training program's wrapper
+    was taken off, as the settings that the file has stand beside it."""
+    beside = source.told is not None and not source.prefix.startswith("model.")
+    return f"model.{source.prefix}" if beside else source.prefix
 
 
 def part_names(shards: int, once: Mapping[str, Any]) -> list[str]:

@@ -259,10 +259,14 @@ def said_twice(d: OpenAI, known: Known) -> Iterator[Problem]:
 
 
 # Experts as linear layers of their own (Unsloth), and as kernels take them (vLLM).
-_ELSEWHERE = re.compile(r"\.experts\.((gate_up|down)_projs\.\d+\.|w(13|2)_(weight|bias))", re.ASCII)
+_ELSEWHERE = re.compile(
+    r"\.experts\.((gate_up|down)_projs\.\d+\.|w(13|2)_(weight|bias)|(gate|up|down)_proj\.(weight|bias))"
+    r"|\.router\.linear\.",
+    re.ASCII,
+)
 _APART = (
     "give the folder that was loaded there; gate_up_proj and down_proj stack the transposes of gate_up_projs "
-    "and down_projs"
+    "and down_projs, or of gate_proj and up_proj in turns, and router is what router.linear is"
 )
 
 
@@ -275,7 +279,11 @@ def packed_otherwise(known: Known, numbers: bool) -> Iterator[Problem]:
         message = f"expected experts packed as {METHOD}, found {shown(method)}"
         yield Problem("unsupported", message, CONFIG, PACKING, "give the folder with the experts in MXFP4")
     elif found := next((n for n in known.source.tensors if _ELSEWHERE.search(n)), None):
-        message = "expected the experts of a layer in one tensor, found them as Unsloth or vLLM holds them"
+        message = (
+            "expected the experts of a layer in one tensor, found them as Unsloth, vLLM or MLX holds them"
+        )
+        if ".router." in found:
+            message = "expected the router under its own name, found it as Unsloth holds it"
         yield Problem("unsupported", message, known.source.tensors[found][0].file, found, _APART)
     elif not said and not numbers:
         message = f"expected {PACKING} beside experts in MXFP4, by which loaders unpack them, found none"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.checkpoint.base import Checkpoint
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.convert.facts import same
 from ckpt_tool.convert.facts_rotary import OBJECTS
 from ckpt_tool.convert.families import FAMILIES
@@ -200,6 +201,12 @@ TIED = flag(
     rule=given(False, "tied_embeddings absent: the head is not tied"),
     check=head_is_there,
 )
+
+
+def says_tied(document: OutputDocument) -> bool:
+    """Whether the params.json of the way back says that the head is the embedding."""
+    said = opened(parse_object(document.content, file=NAME))
+    return any(said.get(key) is True for key in TIED_KEYS)
 
 
 def tied(known: Known) -> dict[str, Value]:

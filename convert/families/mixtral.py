@@ -45,6 +45,7 @@ STACKED = (
 # What transformers 5.23.0 (models/mixtral, conversion_mapping.py) makes of the experts when it loads them.
 IN_MEMORY = {
     T + "mlp.gate.weight": (T + "block_sparse_moe.gate.weight",),
+    **{T + f"mlp.experts.{{e}}.{w}.weight": (TE + f"{w}.weight",) for w in ("w1", "w2", "w3")},
     T + "mlp.experts.gate_up_proj": (TE + "w1.weight", TE + "w3.weight"),
     T + "mlp.experts.down_proj": (TE + "w2.weight",),
 }

@@ -83,10 +83,11 @@ PROJECTED = (
 
 def rows(form: Form) -> tuple[Rule, ...]:
     split = "v" if form.head == "share" else None
-    head = rule("output_projection.weight", WORDS, "v e", split=split, tied=True)
+    tied = rule("output_projection.weight", WORDS, "v e", split=split, tied=True)
+    own = rule("output_projection.weight", "lm_head.weight", "v e")
     return (
         rule("embed_tokens.weight", WORDS, "v e", split="v"),
-        *((head,) if form.head else ()),
+        *((own,) if form.unties else (tied,) if form.head else ()),
         rule("embed_positions.weight", "model.decoder.embed_positions.weight", "p d"),
         *(PROJECTED if form.projected else ()),
         *(FUSED if form.fused else APART),
