@@ -348,7 +348,8 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         odd = saved.left_out
     elif (apart := slice_files(folder)) is not None:
         within, slices, notes = apart
-        file, odd = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header), ()
+        file = joined = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header)
+        odd = joined.left_out
     else:
         return None
     outer = folder.outer() if not within and is_part(path.resolve().name) else None
@@ -381,9 +382,8 @@ def _opened_pieces(
         file.close()
         raise
     notes += file.notes
-    return OpenedCheckpoint(
-        path, own.files, documents, notes, tuple(own.readings), (*own.left_out, *odd), folder=folder
-    )
+    left_out = (*own.left_out, *(o.after(own.before) for o in odd))
+    return OpenedCheckpoint(path, own.files, documents, notes, tuple(own.readings), left_out, folder=folder)
 
 
 def _open_states(
