@@ -169,6 +169,10 @@ def test_a_saved_model_in_a_folder_is_named_and_not_its_variables(tmp_path: Path
         open_checkpoint(tmp_path)
     assert "found a TensorFlow SavedModel" in caught.value.text()
     assert "export/saved_model.pb" in caught.value.text()
+    # TensorFlow 1 exports variables under their names.
+    assert f"into {inner}/variables, which is read as it is, and give that" in caught.value.text()
+    with open_checkpoint(inner / "variables") as checkpoint:
+        assert [t.name for t in checkpoint] == ["x"]
 
 
 def test_objects_are_told_how_to_come_by_names(tmp_path: Path) -> None:

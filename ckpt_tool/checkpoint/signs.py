@@ -99,8 +99,10 @@ SQUEEZED = _sign("a gzip file", "unpack it: gunzip makes the file of it")
 _BESIDE_IT = "download the files beside it too: PREFIX.index and PREFIX.data-00000-of-00001 belong together"
 TENSORFLOW = (
     _sign(
-        "a TensorFlow SavedModel, whose weights are named after objects of a program",
-        f"no family is read from it; {RELEASE}",
+        "a TensorFlow SavedModel",
+        "TensorFlow 1 exported variables under their names: put the documents (bert_config.json, vocab.txt)"
+        " into {at}/variables, which is read as it is, and give that; TensorFlow 2 names them after objects"
+        f" of a program, and no family is read from it: {RELEASE}",
         r"saved_model\.pb(txt)?",
     ),
     _sign("the index of a TensorFlow checkpoint without its data files", _BESIDE_IT, r"[^/]+\.index"),
@@ -468,6 +470,11 @@ _PACKED = (
         "LoRA factors of NeMo",
         "NeMo merges them into the model first: scripts/nlp_language_modeling/merge_lora_weights/merge.py,"
         " or llm.peft.merge_lora of NeMo 2",
+    ),
+    (
+        r".*/(act|weights|conv|add)_quant/(min|max)(/\w+)?",
+        "ranges of weights and activations that are rounded to few bits (tf.contrib.quantize)",
+        "give the checkpoint of a run without them (run_squad.py: --use_quantized_training=false)",
     ),
     (r"(forward|backward)_hadamard_matrix", "weights of four bits (FP-Quant)", UNPACKED),
     (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
