@@ -27,7 +27,8 @@ from ckpt_tool.records import dataclass
 
 NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 INFO = "DCP_SHARDING_INFO"
-SHARDED = "sharded/"
+PARTS = ("sharded/", "model/")  # where they may lie below a checkpoint
+JOINED, KEPT = "consolidated/", ".hf_metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +108,25 @@ def _shape(pieces: list[Piece[Slice]]) -> Numbers:
 
 def slice_files(folder: Folder) -> tuple[str, list[str], list[str]] | None:
     """The part of `folder` that holds files of slices, these in order of rank, and notes; None without any.
-    Where they are joined they lie in a part of their own, and alone where that failed."""
+    Where they are joined they lie in a part of their own, and alone where that failed; NeMo Automodel keeps
+    them in `model/`, and what is joined of them in `model/consolidated/`."""
     if here := sorted(n for n in folder.names() if NAME.fullmatch(n)):
         return "", here, []
-    inside = sorted(n.removeprefix(SHARDED) for n in folder.below(lambda n: f"{n}/" == SHARDED, 1))
-    own = [n for n in inside if NAME.fullmatch(n)]
-    return (SHARDED, own, [f"the weights were found in {SHARDED}"]) if own else None
+    inside = folder.below(lambda n: f"{n}/" in (*PARTS, JOINED))
+    for part in PARTS:
+        own = sorted(n.removeprefix(part) for n in inside if n.startswith(part))
+        slices = [n for n in own if NAME.fullmatch(n)]
+        if slices and not any(n.startswith(JOINED) for n in own):
+            return part, slices, [f"the weights were found in {part}"]
+    return None
+
+
+def documents_of(folder: Folder, within: str) -> dict[str, str]:
+    """What NeMo Automodel keeps for the files that are to be joined of slices in the part `within`: their
+    paths by name."""
+    before = f"{within}{KEPT}/"
+    files = folder.below(lambda n: n == KEPT or f"{n}/" == within)
+    return {n.removeprefix(before): n for n in files if n.startswith(before)}
 
 
 def open_slices(

@@ -13,6 +13,8 @@ from ckpt_tool.checkpoint.dcp_folders import is_part
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.deepspeed import ALL, are_parts, is_universal, runs_of
 from ckpt_tool.checkpoint.folders import Directory, Folder
+from ckpt_tool.checkpoint.hf_slices import JOINED, PARTS
+from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
 from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
@@ -129,6 +131,10 @@ def weight_folders(paths: Collection[str]) -> list[str]:
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()
             found["/".join(folders)] = None
+        elif folders and SLICE.fullmatch(name):
+            found["/".join(folders[: -1 if f"{folders[-1]}/" in PARTS else None])] = None
+    joined = [f for f in found if f.endswith("/" + JOINED[:-1])]
+    found = {f: None for f in found if not any(j.startswith(f"{f}/") for j in joined)}
     found |= dict.fromkeys(runs_of(paths))
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)

@@ -30,7 +30,7 @@ from ckpt_tool.checkpoint.deepspeed import (
 )
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_given
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
-from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
+from ckpt_tool.checkpoint.hf_slices import documents_of, is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
@@ -374,6 +374,8 @@ def _opened_pieces(
         if above is not None:
             beside = [n for n in above.names() if belongs(n) and n not in documents]
             documents |= {name: above.document(name) for name in beside}
+        kept = documents_of(folder, within)
+        documents |= {n: folder.document(p, n) for n, p in kept.items() if belongs(n) and n not in documents}
         _add_run_documents(documents, folder, within)
         if outer is not None:
             _add_run_documents(documents, outer, "")

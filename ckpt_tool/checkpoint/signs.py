@@ -203,8 +203,8 @@ SIGNS = (
     ),
     _sign(
         "the state of an optimizer alone (.distcp)",
-        "give the folder of the weights, which trainers put beside it: pytorch_model_fsdp_0, say",
-        r"optimizer(_\d+)?/(\.metadata|[^/]*\.distcp)",
+        "give the folder of the weights, which trainers put beside it: pytorch_model_fsdp_0 or model, say",
+        r"optim(izer(_\d+)?)?/(\.metadata|[^/]*\.distcp)",
     ),
     _sign(
         "a torch.distributed checkpoint (.distcp)",
