@@ -592,8 +592,6 @@ PACKED = {
     "layers.0.attention.wq.qscale_weight": "fp8",
     "model.layers.0.mlp.experts.gate_up_proj_blocks": "MXFP4",
     "model.layers.0.mlp.up_proj.Qidxs": "QuIP",
-    "bert/encoder/layer_0/attention/self/query/weights_quant/min": "tf.contrib.quantize",
-    "bert/encoder/layer_0/output/dense/act_quant/max/local_step": "tf.contrib.quantize",
 }
 
 

@@ -471,11 +471,6 @@ _PACKED = (
         "NeMo merges them into the model first: scripts/nlp_language_modeling/merge_lora_weights/merge.py,"
         " or llm.peft.merge_lora of NeMo 2",
     ),
-    (
-        r".*/(act|weights|conv|add)_quant/(min|max)(/\w+)?",
-        "ranges of weights and activations that are rounded to few bits (tf.contrib.quantize)",
-        "give the checkpoint of a run without them (run_squad.py: --use_quantized_training=false)",
-    ),
     (r"(forward|backward)_hadamard_matrix", "weights of four bits (FP-Quant)", UNPACKED),
     (r"qzeros|g_idx|qweight", "GPTQ or AWQ weights of few bits", UNPACKED),
     (r"weight\.(absmax|quant_map|nested_absmax)|scb", "bitsandbytes weights of few bits", UNPACKED),
