@@ -515,6 +515,12 @@ _LAYOUTS = (
         "its tools/hf2megads_weight_converter.py goes between those and Hugging Face's",
     ),
     (
+        r"(.+\.)?decoder\.layers\.\d+\.(inter_attention\.(query|key_value|dense)"
+        r"|cross_attention\.linear_(q|kv|proj))\.(weight|bias)",
+        "those of Megatron's encoder with a decoder (T5)",
+        "no family here has a decoder that looks at an encoder: `ckpt-tool families` lists what is read",
+    ),
+    (
         r"layers\.\d+\.attention\.wqkv\.weight",
         "gpt-fast's own names, with queries, keys and values in one matrix",
         "give the folder that model.pth was made from: gpt-fast leaves it as it was",
