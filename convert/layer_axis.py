@@ -2,6 +2,7 @@
 of a layer: read as one for each layer and expert, under the names that the ranks' own files have.
 
     decoder.layers.mlp.linear_fc2.weight [L, d, f]                  decoder.layers.{i}.mlp.linear_fc2.weight
+    encoder.layers.mlp.linear_fc2.weight [L, d, f]  (BERT)          encoder.layers.{i}.mlp.linear_fc2.weight
     decoder.layers.mlp.experts.experts.linear_fc2.weight [L, E, d, f]
                                        decoder.layers.{i}.mlp.experts.local_experts.{e}.linear_fc2.weight
 
@@ -30,9 +31,9 @@ from ckpt_tool.errors import Problem, fail_all
 FORMAT = "dcp"
 MOST = 1 << 17  # layers, or experts in all layers
 # With a number after `layers`, or without one where the first axis counts them.
-_LAYERS = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?!\d)(?P<rest>.+)", re.ASCII)
+_LAYERS = re.compile(r"(?P<before>(?:\w+\.)*(?:de|en)coder\.layers\.)(?!\d)(?P<rest>.+)", re.ASCII)
 _EXPERTS = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>linear_fc[12]\..+)", re.ASCII)
-_CORE = re.compile(r"decoder\.layers\.(\d+\.)?self_attention\.linear_qkv\.", re.ASCII)
+_CORE = re.compile(r"(?:de|en)coder\.layers\.(\d+\.)?self_attention\.linear_qkv\.", re.ASCII)
 # Of `singleton_local_shards`, whose gates and ups are apart.
 _UNITS = re.compile(r"(?P<before>.*linear_fc1\.)weight_(?P<which>[wv])", re.ASCII)
 _WHICH = {"w": "gate.weight", "v": "up.weight"}
@@ -41,7 +42,7 @@ _ALONE = re.compile(r"(?P<before>.*\.mlp\.experts\.)experts\.(?P<rest>\d+\.linea
 _JOINED = re.compile(
     r"(?P<before>(?:\w+\.)*decoder\.layers\.\d+\.mlp\.)experts\.(?P<which>weight[12])", re.ASCII
 )
-_WORDS = ("decoder.layers.", ".mlp.experts.", "linear_fc1.")  # one of them is in every name that matters
+_WORDS = ("coder.layers.", ".mlp.experts.", "linear_fc1.")  # one of them is in every name that matters
 READ_JOINED = "weight1 and weight2 of grouped experts are read as one of each for every expert"
 _OWN_LAYER = re.compile(r"(?P<before>(?:\w+\.)*decoder\.layers\.)(?P<i>\d+)\.(?P<rest>.+)", re.ASCII)
 _OWN_EXPERT = re.compile(

@@ -10,10 +10,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from ckpt_tool.checkpoint import signs
 from ckpt_tool.checkpoint.base import Checkpoint, Given
+from ckpt_tool.checkpoint.dcp_names import FORMAT as DCP
 from ckpt_tool.checkpoint.tf_coding import VARIABLE
 from ckpt_tool.convert import canonical
 from ckpt_tool.convert.dialects.published import model_type_of
@@ -37,6 +39,10 @@ BY_NAME = (
 ONE_OF = (
     "several models are in it, in the scopes {}: save the variables of the one that is meant alone, under "
     "their names without its scope (tf.compat.v1.train.Saver takes a dict of them)"
+)
+UNFLATTENED = (
+    "what was saved as one value (flatten_state_dict=False) torch writes as a file of its own: "
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} OUT.pt`; then give OUT.pt"
 )
 COMPARED = 400  # names; those of the first layer tell as much as all
 
@@ -266,6 +272,8 @@ def unknown(
         hint = f"the nearest are named below; `ckpt-tool convert {misses[0][0]}` would say what it lacks"
     if any(n.endswith(VARIABLE) for n in names):
         hint = BY_NAME
+    for file in checkpoint.files.values() if not names else ():
+        hint = UNFLATTENED.format(quote(str(file.path.parent))) if file.format == DCP else hint
     if len(several := _models(checkpoint)) > 1:
         hint = ONE_OF.format(" and ".join(printable(s, 40) or "none" for s in several[:4]))
     if canonical.named_so(layers_apart(checkpoint)) and "config.json" not in checkpoint.documents:

@@ -73,8 +73,11 @@ MODEL_STEMS = {
     "lm_norm": ("lm_head.layernorm.weight", "lm_head.norm.weight", "lm_head.layer_norm.weight"),
     "lm_bias": ("lm_head.bias", "output_layer.bias"),
     "binary": ("binary_head.weight",),
+    "tuned": ("classification_head.weight", "multichoice_head.weight"),
 }
-OPTIONAL = ("tokentype", "head_word")  # the last stage's own table of words; there is none without stages
+# The last stage's own table of words, of which there is none without stages, and the head that a task trained
+# in place of those of pretraining, are among them.
+OPTIONAL = ("tokentype", "head_word", "tuned")
 
 # Layers, width, feed-forward width, positions, padded words -> heads: the 345M GPT-2 v0.0, BERT v0.1 cased
 # and uncased, the only published files; they may carry no args.

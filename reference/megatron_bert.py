@@ -37,6 +37,10 @@ def inputs(ranks: Ranks, c: Config) -> tuple[str, ...]:
 
 
 def phases(ranks: Ranks, c: Config, inputs: Inputs = NOTHING) -> list[Phase]:
+    if "tuned" in c.names:  # on one text, or one choice of several
+        tuned = c.names["tuned"]
+        heads = {"head": sequence, "logits": lambda x, ranks, c: classes(pool(x, ranks, c), ranks, tuned)}
+        return decoder_phases(embed, layer, heads, ranks, c, inputs)
     heads = {"head": head}
     if c.names["binary"] + "weight" in ranks[0]:
         heads["seq_relationship_logits"] = next_sentence

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem
 
 from ckpt_tool import api
 from ckpt_tool.errors import CkptToolError
@@ -122,6 +126,55 @@ def test_a_weight_of_complex_numbers_in_a_torch_file_is_refused(originals: Writt
     torch.save({f"module.{n}": t for n, t in weights.items()}, file)
     with pytest.raises(CkptToolError) as caught:
         api.plan(tmp_path / "in", family="llama")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported-dtype", name)
+    assert problem.message == "expected a dtype known here, found C64"
+
+
+SAFETENSORS = filesystem.SerializationFormat.SAFETENSORS
+
+
+def of_ranks(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As torch's writer for Hugging Face leaves them: the rows of every tensor in files of two ranks."""
+    for rank in range(2):
+        parts = {n: t.tensor_split(2)[rank].clone() for n, t in tensors.items()}
+        starts = {n: [rank * len(t.tensor_split(2)[0]), *(0,) * (t.ndim - 1)] for n, t in tensors.items()}
+        told = {n: {"saved_offsets": start} for n, start in starts.items()}
+        name = f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+        save_file(parts, folder / name, {"format": "pt", "DCP_SHARDING_INFO": json.dumps(told)})
+
+
+def by_dcp(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    writer = filesystem.FileSystemWriter(folder, serialization_format=SAFETENSORS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is distributed
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+
+
+@pytest.mark.parametrize("written", [of_ranks, by_dcp])
+@pytest.mark.parametrize("before", ["", "module."])
+def test_complex_numbers_in_slices_are_left_out_and_a_weight_of_them_refused(
+    before: str,
+    written: Callable[[Path, Mapping[str, torch.Tensor]], None],
+    conversions: Written,
+    tmp_path: Path,
+) -> None:
+    """Folders of torch.distributed whose files are safetensors, and the slices of its writer."""
+    there, name = conversions("qwen2-0.5b"), "model.norm.weight"
+    tensors = load_file(there / "model.safetensors")
+    wide = torch.complex(tensors[name].float(), tensors[name].float())
+    for folder, odd in (("beside", "freqs"), ("in", name)):
+        (tmp_path / folder).mkdir()
+        written(tmp_path / folder, {before + n: t for n, t in (tensors | {odd: wide}).items()})
+        shutil.copy(there / "config.json", tmp_path / folder)
+    done = api.convert(tmp_path / "beside", tmp_path / "out", check=False)
+    told = [(d.tensor.name, d.tensor.nbytes, d.reason) for d in done.plan.dropped]
+    assert told == [("freqs", wide.nbytes, "of type C64, which is not converted")]
+    assert verify(tmp_path / "out", tmp_path / "beside", levels=("coverage", "bits")).status == "pass"
+    same = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "out", there)]
+    assert same[0] == same[1]
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(tmp_path / "in")
     (problem,) = caught.value.problems
     assert (problem.kind, problem.where) == ("unsupported-dtype", name)
     assert problem.message == "expected a dtype known here, found C64"

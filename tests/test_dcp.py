@@ -628,3 +628,40 @@ def test_slices_are_joined_and_never_taken_for_tensors(tmp_path: Path) -> None:
     files[0].unlink()
     error = refused(lambda: open_checkpoint(folder))
     assert error.kind == "missing-shard" and "[0:3, 0:10]" in str(error)
+
+
+def test_slices_of_nemo_automodel_are_read_with_the_documents_kept_for_them(tmp_path: Path) -> None:
+    """epoch_0_step_9/model/ has the slices and .hf_metadata/, beside the optimizer; what was joined lies in
+    consolidated/, and is what is meant then."""
+    step = tmp_path / "run" / "epoch_0_step_9"
+    step.mkdir(parents=True)
+    sliced(step / "model", GRID)
+    (step / "model" / ".hf_metadata").mkdir()
+    (step / "model" / ".hf_metadata" / "config.json").write_text('{"model_type": "own"}')
+    (step / "optim").mkdir()
+    for name in (".metadata", "__0_0.distcp"):
+        (step / "optim" / name).write_bytes(b"x")
+    for given_ in (step, step / "model"):
+        with open_checkpoint(given_) as checkpoint:
+            assert contents(checkpoint)["w"] == ("F32", (7, 10), GRID.numpy().tobytes())
+            assert checkpoint.json("config.json") == {"model_type": "own"}
+    error = refused(lambda: open_checkpoint(step.parent))
+    assert error.problems[0].hint == f"give that folder: --in {step}"
+    (step / "model" / "consolidated").mkdir()
+    save_file({"w": GRID}, step / "model" / "consolidated" / "model-00001-of-00001.safetensors")
+    for given_ in (step.parent, step):
+        error = refused(lambda given_=given_: open_checkpoint(given_))  # type: ignore[misc]
+        assert error.problems[0].hint == f"give that folder: --in {step / 'model' / 'consolidated'}"
+    shutil.rmtree(step / "model")
+    error = refused(lambda: open_checkpoint(step))
+    assert "found the state of an optimizer alone" in error.problems[0].message
+
+
+def test_what_was_saved_as_one_value_is_written_by_torch(tmp_path: Path) -> None:
+    whole = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": {"w": GRID}}, checkpoint_id=tmp_path / "in", no_dist=True, planner=whole)
+    (problem,) = refused(lambda: api.plan(tmp_path / "in")).problems
+    assert problem.kind == "unknown-family" and "it holds no tensors" in problem.message
+    assert problem.hint and f"format_utils dcp_to_torch {tmp_path / 'in'} OUT.pt`" in problem.hint

@@ -619,10 +619,10 @@ def test_heads_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
 def test_unknown_tensors_of_the_model_are_not_dropped_silently() -> None:
     _, bits = original("megatron-bert")
     first = next(iter(bits))[0]
-    bits[first, "model.classification_head.weight"] = np.zeros((3, D), np.uint32)
+    bits[first, "model.sentiment_head.weight"] = np.zeros((3, D), np.uint32)
     source = held(shapes_of(bits), beside(3.0, args()))
     (problem,) = refused(lambda: family("megatron-bert").plan(source, WITH_WORDS))
-    assert problem[0] == "uncovered-tensors" and "classification_head" in problem[1]
+    assert problem[0] == "uncovered-tensors" and "sentiment_head" in problem[1]
 
 
 def test_a_converted_folder_is_not_an_original() -> None:

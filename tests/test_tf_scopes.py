@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,28 @@ def test_a_saved_model_in_a_folder_is_named_and_not_its_variables(tmp_path: Path
         open_checkpoint(tmp_path)
     assert "found a TensorFlow SavedModel" in caught.value.text()
     assert "export/saved_model.pb" in caught.value.text()
+    # TensorFlow 1 exports variables under their names.
+    assert f"into {inner}/variables, which is read as it is, and give that" in caught.value.text()
+    with open_checkpoint(inner / "variables") as checkpoint:
+        assert [t.name for t in checkpoint] == ["x"]
+
+
+def test_a_saved_model_beside_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """As in the archives of MobileBERT, which have both."""
+    inner = tmp_path / "all" / "uncased"
+    inner.mkdir(parents=True)
+    bundle(inner, "x", "y")
+    (inner / "saved").mkdir()
+    bundle(inner / "saved" / "variables", "x")
+    (inner / "saved" / "saved_model.pb").write_bytes(b"\x08\x01")
+    with pytest.raises(CkptToolError) as caught:
+        open_checkpoint(tmp_path / "all")
+    assert caught.value.problems[0].hint == f"give that folder: --in {inner}"
+    with tarfile.open(tmp_path / "release.tar.gz", "w:gz") as archive:
+        archive.add(inner, "uncased")
+    for given in (inner, tmp_path / "release.tar.gz"):
+        with open_checkpoint(given) as checkpoint:
+            assert held(checkpoint) == {"x": 0, "y": 1}
 
 
 def test_objects_are_told_how_to_come_by_names(tmp_path: Path) -> None:

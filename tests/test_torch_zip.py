@@ -5,11 +5,13 @@ import os
 import pickle
 import random
 import struct
+import sys
 import threading
 import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -657,3 +659,20 @@ def test_damaged_files_give_tensors_or_our_error(data: st.DataObject, corpus: by
     for name in file.tensors:
         assert len(dense(file, name)) == file.tensors[name].nbytes
     file.close()
+
+
+def test_weights_that_torchao_quantised_say_what_leads_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of a class of its own in a torch file, whose parts nobody here reads."""
+    kind = type("Int8Tensor", (torch.Tensor,), {"__module__": "torchao.quantization"})
+    for name in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["torchao.quantization"].Int8Tensor = kind  # type: ignore[attr-defined]
+    torch.save({"w": torch.ones(2, 3).as_subclass(kind), "n": torch.ones(3)}, tmp_path / "x.bin")
+    with pytest.raises(CkptToolError) as caught:
+        open_torch_zip(tmp_path / "x.bin", "x.bin")
+    (problem,) = caught.value.problems
+    assert (problem.kind, problem.where) == ("unsupported-dtype", "w")
+    assert problem.message.endswith("one that is of the subclass torchao.quantization.Int8Tensor")
+    assert problem.hint and "`.dequantize()`" in problem.hint

@@ -342,6 +342,8 @@ def test_what_modelscope_has_not_all_of(originals: Written, tmp_path: Path) -> N
         ("model.transformer.h.0.attn.qkv.weight", "LitGPT", "convert_from_litgpt"),
         ("layers.0.sa_norm.scale", "torchtune", "FullModelHFCheckpointer"),
         ("language_model.encoder.layers.0.self_attention.key_value.weight", "DeepSpeed", "hf2megads"),
+        ("language_model.decoder.layers.0.inter_attention.key_value.weight", "T5", "ckpt-tool families"),
+        ("decoder.layers.0.cross_attention.linear_kv.weight", "T5", "ckpt-tool families"),
         ("layers.0.attention.wqkv.weight", "gpt-fast", "made from"),
         ("layers.0.attention.q_norm.weight", "torchtitan", "convert_to_hf.py"),
         ("layers.0.moe.experts.mlp1_weight", "torchtitan", "last_save_in_hf"),

@@ -163,6 +163,7 @@ def state_of_training(tensors: Tensors) -> dict[str, Any]:
     return {
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(5, 3), "step": 7}}, "param_groups": [{"lr": 0.1}]},
         "model_ema": {n: t + 1 for n, t in tensors.items()},
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.zeros(4)}}},  # fairseq's
         "lr_scheduler": {"base_lrs": [0.1], "last": torch.zeros(2)},
         "rng_state": torch.zeros(16, dtype=torch.uint8),
         "iter_num": 5,

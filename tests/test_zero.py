@@ -191,6 +191,24 @@ def test_another_name_of_nothing_is_a_tensor_of_its_own(tmp_path: Path) -> None:
         }
 
 
+def test_model_states_of_rank_0_are_enough_where_nothing_is_frozen(tmp_path: Path) -> None:
+    """A run that began with load_universal saves no others (deepspeedai/DeepSpeed#7546)."""
+    run, alone = replace(THREE, frozen={}), "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+    home = run.write(tmp_path / "run")
+    for rank in (1, 2):
+        (home / alone.format(rank)).unlink()
+    assert bits(home) == wanted(run)
+    with open_checkpoint(home) as found:
+        note = "model states of 2 ranks are not there: nothing is frozen, so they add nothing"
+        assert note in found.notes
+        other = partitions.joined_anew(found)
+        assert {t.name: (t.dtype, t.shape, other.read(t).tobytes()) for t in other} == wanted(run)
+    (home / alone.format(0)).rename(home / alone.format(1))
+    assert [p.message.split(",")[0] for p in refused(home).problems] == [
+        f"expected {alone.format(rank)}" for rank in (0, 2)
+    ]
+
+
 def test_an_old_release_that_does_not_name_shared_parameters(tmp_path: Path) -> None:
     home = replace(THREE, told={"shared_params": None}).write(tmp_path / "run")
     assert "d.weight" not in bits(home)

@@ -23,7 +23,13 @@ from ckpt_tool.checkpoint.run_documents import is_run_document
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.checkpoint.tf_names import STATE, is_part
-from ckpt_tool.checkpoint.weight_sets import ORIGINAL_FOLDER, is_document, is_template, is_weights
+from ckpt_tool.checkpoint.weight_sets import (
+    ORIGINAL_FOLDER,
+    exports,
+    is_document,
+    is_template,
+    is_weights,
+)
 from ckpt_tool.checkpoint.zip_reader import ZipArchive
 from ckpt_tool.errors import fail, printable
 
@@ -119,12 +125,14 @@ def open_archive(
 def _root(members: Members) -> str:
     """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it, so
     do the folders that trainers make for a torch.distributed checkpoint, and Megatron's rank folders belong
-    to the archive."""
+    to the archive. What was exported as a SavedModel is passed over where there is more."""
     if any(map(is_of_megatron, members.names)):
         return ""
     paths = [PurePosixPath(name) for name in members.names]
     dcp = {p.parent for p in paths if p.suffix == DATA} & {p.parent for p in paths if p.name == METADATA}
     plain = {p.parent for p in paths if is_weights(p.name)} - dcp
+    exported = exports(members.names)
+    plain = {p for p in plain if str(p) not in exported} or plain
     parents = {str(p) for p in (*plain, *(p.parent if is_dcp_part(p.name) else p for p in dcp))}
     prefixes = {"" if parent == "." else parent + "/" for parent in parents}
     roots = sorted(

@@ -412,6 +412,12 @@ class LeftOut:
     tensor: TensorInfo
     reason: str
 
+    def after(self, before: str) -> LeftOut:
+        """One of a type that is not moved, which the model may want, without what stands before its names."""
+        if not isinstance(self.tensor, OtherTensor):
+            return self
+        return replace(self, tensor=replace(self.tensor, name=self.tensor.name.removeprefix(before)))
+
 
 @dataclass
 class Unwrapped:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ckpt_tool.checkpoint.base import DTYPES, LeftOut, TensorFile, TensorInfo
+from ckpt_tool.checkpoint.base import DTYPES, LeftOut, OtherTensor, TensorFile, TensorInfo
 from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.open_files import Files
 from ckpt_tool.checkpoint.pieces import Bits, Joined, Numbers, Piece, tiling_fault
@@ -26,7 +27,8 @@ from ckpt_tool.records import dataclass
 
 NAME = re.compile(r"shard-(?P<rank>\d{5})-model-(?P<file>\d{5})-of-(?P<count>\d{5})\.safetensors", re.ASCII)
 INFO = "DCP_SHARDING_INFO"
-SHARDED = "sharded/"
+PARTS = ("sharded/", "model/")  # where they may lie below a checkpoint
+JOINED, KEPT = "consolidated/", ".hf_metadata"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +44,21 @@ class SlicedFile(TensorFile):
     """Whole tensors of slices in several files."""
 
     format = "safetensors"
-    left_out: tuple[LeftOut, ...] = ()
 
     def __init__(
-        self, files: Files, pieces: Mapping[str, list[Piece[Slice]]], *, listed: bool = False
+        self,
+        files: Files,
+        pieces: Mapping[str, list[Piece[Slice]]],
+        odd: Mapping[str, list[OtherTensor]],
+        *,
+        listed: bool = False,
     ) -> None:
-        """`listed`: something else says which files there are."""
+        """`odd`: slices of tensors of types that are not moved. `listed`: something else says which files
+        there are."""
         self._files, self._pieces = files, pieces
+        # With the bytes of all slices; what a whole one looks like matters to nobody.
+        whole = [replace(own[0], stored=sum(t.stored for t in own)) for own in odd.values()]
+        self.left_out = tuple(LeftOut(t, f"of type {t.dtype}, which is not converted") for t in whole)
         first = next(iter(files.places))
         self.path, self.name = files.places[first].path, first
         self.metadata: Mapping[str, object] = {}
@@ -98,12 +108,25 @@ def _shape(pieces: list[Piece[Slice]]) -> Numbers:
 
 def slice_files(folder: Folder) -> tuple[str, list[str], list[str]] | None:
     """The part of `folder` that holds files of slices, these in order of rank, and notes; None without any.
-    Where they are joined they lie in a part of their own, and alone where that failed."""
+    Where they are joined they lie in a part of their own, and alone where that failed; NeMo Automodel keeps
+    them in `model/`, and what is joined of them in `model/consolidated/`."""
     if here := sorted(n for n in folder.names() if NAME.fullmatch(n)):
         return "", here, []
-    inside = sorted(n.removeprefix(SHARDED) for n in folder.below(lambda n: f"{n}/" == SHARDED, 1))
-    own = [n for n in inside if NAME.fullmatch(n)]
-    return (SHARDED, own, [f"the weights were found in {SHARDED}"]) if own else None
+    inside = folder.below(lambda n: f"{n}/" in (*PARTS, JOINED))
+    for part in PARTS:
+        own = sorted(n.removeprefix(part) for n in inside if n.startswith(part))
+        slices = [n for n in own if NAME.fullmatch(n)]
+        if slices and not any(n.startswith(JOINED) for n in own):
+            return part, slices, [f"the weights were found in {part}"]
+    return None
+
+
+def documents_of(folder: Folder, within: str) -> dict[str, str]:
+    """What NeMo Automodel keeps for the files that are to be joined of slices in the part `within`: their
+    paths by name."""
+    before = f"{within}{KEPT}/"
+    files = folder.below(lambda n: n == KEPT or f"{n}/" == within)
+    return {n.removeprefix(before): n for n in files if n.startswith(before)}
 
 
 def open_slices(
@@ -118,15 +141,19 @@ def open_slices(
     files = Files({name: place(name) for name in names})
     try:
         pieces: dict[str, list[Piece[Slice]]] = {}
+        odd: dict[str, list[OtherTensor]] = {}
         for name in names:
             with files.use(name) as data:
-                for told, start, begin in _slices(header_of(data, header_limit)):
+                header = header_of(data, header_limit)
+                for told, start, begin in _slices(header):
                     own = Piece(start, told.shape, Slice(name, begin, told.dtype))
                     pieces.setdefault(told.name, []).append(own)
+                for other in header.others.values():
+                    odd.setdefault(other.name, []).append(other)
         for slices in pieces.values():
             slices.sort(key=lambda p: p.start)
-        fail_all(_faults(pieces))
-        made = SlicedFile(files, pieces, listed=lacking is not None)
+        fail_all(_faults(pieces, odd))
+        made = SlicedFile(files, pieces, odd, listed=lacking is not None)
         fail_all(lacking(made.tensors) if lacking is not None else ())
         return made
     except BaseException:
@@ -136,10 +163,6 @@ def open_slices(
 
 def _slices(file: SafetensorsFile) -> Iterator[tuple[TensorInfo, Numbers, int]]:
     """The slices in a file: where each begins in its tensor, and in the file."""
-    for t in file.others.values():
-        fail(
-            "unsupported-dtype", f"expected a dtype known here, found {t.dtype}", file=file.name, where=t.name
-        )
     offsets = _offsets(file)
     for name, told in file.tensors.items():
         start = offsets.get(name)
@@ -149,9 +172,11 @@ def _slices(file: SafetensorsFile) -> Iterator[tuple[TensorInfo, Numbers, int]]:
         yield told, start, file.begin(name)
 
 
-def _faults(pieces: Mapping[str, list[Piece[Slice]]]) -> Iterator[Problem]:
+def _faults(
+    pieces: Mapping[str, list[Piece[Slice]]], odd: Mapping[str, list[OtherTensor]]
+) -> Iterator[Problem]:
     for name, own in pieces.items():
-        dtypes = sorted({p.place.dtype for p in own})
+        dtypes = sorted({*(p.place.dtype for p in own), *(t.dtype for t in odd.get(name, ()))})
         if len(dtypes) > 1 or len({len(p.start) for p in own}) > 1:
             found = " and ".join(dtypes)
             message = f"expected slices of one dtype and as many axes, found {found}"

@@ -13,9 +13,11 @@ from ckpt_tool.checkpoint.dcp_folders import is_part
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.deepspeed import ALL, are_parts, is_universal, runs_of
 from ckpt_tool.checkpoint.folders import Directory, Folder
+from ckpt_tool.checkpoint.hf_slices import JOINED, PARTS
+from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
 from ckpt_tool.checkpoint.megatron import may_hold_ranks
 from ckpt_tool.checkpoint.tf_names import DATA
-from ckpt_tool.checkpoint.weight_sets import is_document, is_weights
+from ckpt_tool.checkpoint.weight_sets import SAVED_MODEL, exports, is_document, is_weights
 from ckpt_tool.checkpoint.wrapping import beside_weights
 from ckpt_tool.errors import fail, printable
 from ckpt_tool.records import dataclass
@@ -27,7 +29,6 @@ _BESIDE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|rng_state|random_states|scaler|training_args|recipe_state|trainer_state|optim_)[\w.-]*",
     re.ASCII,
 )
-_SAVED_MODEL = re.compile(r"(^|/)saved_model\.pb(txt)?$")
 _SHOWN = 4
 
 
@@ -53,7 +54,9 @@ def refuse(paths: Collection[str], around: Around, newest: str | None = None) ->
     _refuse_v1(here, around, newest)
     _refuse_sign([p for p in paths if is_universal(p)], around, [])
     _refuse_sign(here, around, inner)
-    _refuse_sign([p for p in paths if _SAVED_MODEL.search(p)], around, [])
+    if not (apart := [f for f in inner if f not in exports(paths)]):
+        _refuse_sign([p for p in paths if SAVED_MODEL.search(p)], around, [])
+    inner = apart
     if len(inner) > 1:
         shown = _list(inner)
         if are_parts(inner, paths):
@@ -129,6 +132,10 @@ def weight_folders(paths: Collection[str]) -> list[str]:
             while folders and may_hold_ranks(folders[-1]):
                 folders.pop()
             found["/".join(folders)] = None
+        elif folders and SLICE.fullmatch(name):
+            found["/".join(folders[: -1 if f"{folders[-1]}/" in PARTS else None])] = None
+    joined = [f for f in found if f.endswith("/" + JOINED[:-1])]
+    found = {f: None for f in found if not any(j.startswith(f"{f}/") for j in joined)}
     found |= dict.fromkeys(runs_of(paths))
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)

@@ -30,7 +30,7 @@ from ckpt_tool.checkpoint.deepspeed import (
 )
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_given
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
-from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
+from ckpt_tool.checkpoint.hf_slices import documents_of, is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
@@ -348,7 +348,8 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         odd = saved.left_out
     elif (apart := slice_files(folder)) is not None:
         within, slices, notes = apart
-        file, odd = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header), ()
+        file = joined = open_slices(lambda n: folder.place(within + n), slices, limits.safetensors_header)
+        odd = joined.left_out
     else:
         return None
     outer = folder.outer() if not within and is_part(path.resolve().name) else None
@@ -373,6 +374,8 @@ def _opened_pieces(
         if above is not None:
             beside = [n for n in above.names() if belongs(n) and n not in documents]
             documents |= {name: above.document(name) for name in beside}
+        kept = documents_of(folder, within)
+        documents |= {n: folder.document(p, n) for n, p in kept.items() if belongs(n) and n not in documents}
         _add_run_documents(documents, folder, within)
         if outer is not None:
             _add_run_documents(documents, outer, "")
@@ -381,9 +384,8 @@ def _opened_pieces(
         file.close()
         raise
     notes += file.notes
-    return OpenedCheckpoint(
-        path, own.files, documents, notes, tuple(own.readings), (*own.left_out, *odd), folder=folder
-    )
+    left_out = (*own.left_out, *(o.after(own.before) for o in odd))
+    return OpenedCheckpoint(path, own.files, documents, notes, tuple(own.readings), left_out, folder=folder)
 
 
 def _open_states(

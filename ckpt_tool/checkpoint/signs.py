@@ -99,8 +99,10 @@ SQUEEZED = _sign("a gzip file", "unpack it: gunzip makes the file of it")
 _BESIDE_IT = "download the files beside it too: PREFIX.index and PREFIX.data-00000-of-00001 belong together"
 TENSORFLOW = (
     _sign(
-        "a TensorFlow SavedModel, whose weights are named after objects of a program",
-        f"no family is read from it; {RELEASE}",
+        "a TensorFlow SavedModel",
+        "TensorFlow 1 exported variables under their names: put the documents (bert_config.json, vocab.txt)"
+        " into {at}/variables, which is read as it is, and give that; TensorFlow 2 names them after objects"
+        f" of a program, and no family is read from it: {RELEASE}",
         r"saved_model\.pb(txt)?",
     ),
     _sign("the index of a TensorFlow checkpoint without its data files", _BESIDE_IT, r"[^/]+\.index"),
@@ -201,8 +203,8 @@ SIGNS = (
     ),
     _sign(
         "the state of an optimizer alone (.distcp)",
-        "give the folder of the weights, which trainers put beside it: pytorch_model_fsdp_0, say",
-        r"optimizer(_\d+)?/(\.metadata|[^/]*\.distcp)",
+        "give the folder of the weights, which trainers put beside it: pytorch_model_fsdp_0 or model, say",
+        r"optim(izer(_\d+)?)?/(\.metadata|[^/]*\.distcp)",
     ),
     _sign(
         "a torch.distributed checkpoint (.distcp)",
@@ -511,6 +513,12 @@ _LAYOUTS = (
         r"(.+\.)?(encoder|transformer)\.layers\.\d+\.self_attention\.key_value\.weight",
         "Megatron-DeepSpeed's own names, with queries apart from keys and values",
         "its tools/hf2megads_weight_converter.py goes between those and Hugging Face's",
+    ),
+    (
+        r"(.+\.)?decoder\.layers\.\d+\.(inter_attention\.(query|key_value|dense)"
+        r"|cross_attention\.linear_(q|kv|proj))\.(weight|bias)",
+        "those of Megatron's encoder with a decoder (T5)",
+        "no family here has a decoder that looks at an encoder: `ckpt-tool families` lists what is read",
     ),
     (
         r"layers\.\d+\.attention\.wqkv\.weight",

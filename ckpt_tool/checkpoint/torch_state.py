@@ -360,7 +360,9 @@ def _tensor_problem(name: str, t: TensorRecord, file: str) -> Problem | None:
         if t.odd == "meta" or (t.odd or "").startswith("of a device"):
             message = f"expected a tensor with its data in the file, found one that is {t.odd}"
             return Problem("unsupported-device", message, file, name, _ELSEWHERE)
-        message, way = f"expected a dense tensor, found one that is {t.odd}", _DENSE.get(t.odd or "")
+        odd = t.odd or ""
+        message = f"expected a dense tensor, found one that is {t.odd}"
+        way = _DENSE.get("quantized" if odd.startswith("of the subclass torchao.") else odd)
         return Problem("unsupported-dtype", message, file, name, way)
     if t.dtype in COMPLEX and (fault := view_fault(t)) is not None:
         return Problem("bad-view", fault, file, name, _LAID_OUT)

@@ -81,6 +81,7 @@ _SETTINGS = re.compile(
 )
 # What safetensors are called that are beside a model, and none.
 _NO_MODEL = re.compile(r"(adapter|optim|sched|rng|random|scaler|train|ema\b|lora|diffusion|rank\d)", re.ASCII)
+SAVED_MODEL = re.compile(r"(^|/)saved_model\.pb(txt)?$")
 WHOLE = "model.safetensors"
 TOKENIZERS = frozenset(("tekken.json", "tokenizer.json", "vocab.json", "vocab.txt"))
 
@@ -202,6 +203,13 @@ def vocabulary_kind(name: str) -> str | None:
     """vocab.txt, vocab.json or merges.txt, whatever publishers put before it; None for other names."""
     found = _VOCABULARY.fullmatch(name)
     return None if found is None else found["kind"]
+
+
+def exports(paths: Collection[str]) -> set[str]:
+    """The folders in which SavedModels of TensorFlow keep their variables, of the folders of `paths`: what
+    was exported of a checkpoint, which may lie beside it (as the releases of MobileBERT have both)."""
+    above = [p.rpartition("/")[0] for p in paths if SAVED_MODEL.search(p)]
+    return {f"{folder}/variables".lstrip("/") for folder in above}
 
 
 def is_weights(name: str) -> bool:

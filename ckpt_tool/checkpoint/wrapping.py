@@ -37,7 +37,7 @@ _BEFORE = ("module", "state_dict", "model_state_dict", "model_state", "base_mode
 # What stands beside the weights, by the first word of its names, and what it is.
 _BESIDE = {
     r"(model_?|module_?|weights_?)?ema(_.+)?|.+_ema": AVERAGE,
-    r"optim.*|opt(_state.*)?": "state of the optimizer: only training needs it",
+    r"(last_)?optim.*|opt(_state.*)?": "state of the optimizer: only training needs it",
     r"(lr_?|opt_param_)?schedulers?(_states?)?(_dict)?": "state of the schedule: only training needs it",
     r"(grad_?|loss_?)?scaler(_.+)?|amp": "state of loss scaling: only training needs it",
     r"((\w+_)?rng|random)(_states?)?|(\w+_)?generator_states?|rng_.+": "random numbers of the training run",

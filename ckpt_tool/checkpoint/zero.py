@@ -284,7 +284,8 @@ def _against(
     if first.stage == 3:
         held.append((shares.models, next(iter(models.values())).file))
     for files, like in held:
-        for rank in [r for r in range(world) if r not in files][:8]:
+        lost = [r for r in range(world) if r not in files]
+        for rank in () if files is shares.models and _enough(models) else lost[:8]:
             wanted = shares.called(like, rank)
             message = f"expected {wanted}, of the {world} ranks that shared the weights, found no such file"
             yield Problem("missing-shard", message, first.file, hint=ALL)
@@ -292,6 +293,12 @@ def _against(
             message = f"expected files of {world} ranks as partition_count says, found one of rank {rank}"
             yield Problem("shard-conflict", message, files[rank], "partition_count", _MIXED)
     yield from _between(list(models.values()))
+
+
+def _enough(models: Mapping[int, Model]) -> bool:
+    """Whether the states of rank 0 tell all: other ranks' have parts of what is frozen alone, and a run that
+    began with `load_universal` does not save them. Source: deepspeedai/DeepSpeed#7546."""
+    return 0 in models and not any(m.frozen for m in models.values())
 
 
 def _twice(files: Files, partitions: Collection[Partition]) -> Iterator[Problem]:
@@ -365,6 +372,8 @@ def _laid_out(partitions: Sequence[Partition], models: Sequence[Model]) -> Layou
     fail_all(name_problems(order, file=first.file))
     ranks = f"{len(partitions)} rank{'s' * (len(partitions) > 1)}"
     what = f"the {DTYPES[dtypes[0]].torch} weights of DeepSpeed's optimizer on {ranks} were joined"
+    if three and (lost := len(partitions) - len(models)):
+        notes.append(f"model states of {lost} ranks are not there: nothing is frozen, so they add nothing")
     held: list[Model | Partition] = [*models, *partitions]
     return Layout(
         {n: dealt[n] for n in order},

@@ -90,11 +90,14 @@ class Megatron:
     heads: bool
     layer: str
     words: str
-    padded: str
+    padded: Callable[[Known], str]
     head: str = "lm_head.weight"
+    tuned: tuple[str, ...] = ()  # other classes whose heads Megatron's tasks have
     own_names: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)  # of the converted model
-    args: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # beside those of all models
+    axes: Mapping[str, Size] = field(default_factory=dict)  # beside those of all models
+    args: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # the same
+    config: Callable[[Known], Mapping[str, Value]] = lambda _: {}  # beside the fields
     notes: Callable[[Known], list[str]] = lambda _: []
     foretold: Mapping[str, Callable[[Known], Sequence[Foretold]]] = field(default_factory=dict)  # by name
 
@@ -248,7 +251,7 @@ def _table(m: Megatron, known: Known, order: str, rows: int, output: str | None)
     tied = bool(known["tie_word_embeddings"])
     last = rule(output or OUTPUT, m.words if tied else m.head, "v d", split="v", tied=tied)
     table = (*m.rows(known, order), *((last,) if output else ()))
-    axes: dict[str, Size] = {**AXES, "v": lambda _: rows}
+    axes: dict[str, Size] = {**AXES, **m.axes, "v": lambda _: rows}
     made = replace(numbers.table_of(known, table, axes), words=known["vocab_size"])
     # on the way to Hugging Face: a stage's copy of the embedding is no output layer of its own
     own_head = output != COPY and numbers.may_untie(known.fields)
@@ -392,6 +395,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     ids = Value(tokenizer.vocab_size, f"{where}: its number of ids")
     known = m.known(facts, run, options, told={**tokenizer.facts, "ids": ids})  # as `words` reads it
     config = {m.written_names.get(name, name): value for name, value in known.values().items()}
+    config |= m.config(known)
     known.value(PADDED.name)
     facts.check_settings({*config, *m.own_names.values(), *answered_for(facts, run, wanted)})
     facts.check()
@@ -408,7 +412,7 @@ def plan(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
             *notes_on(run),
             *notes_on_precision(run),
             *left_out,
-            *padding_notes(words, rows, m.padded),
+            *padding_notes(words, rows, m.padded(known)),
             *m.notes(known),
             *tokenizer.notes,
         ],
@@ -471,7 +475,8 @@ def _kept(run: Run, known: Known) -> dict[str, Any]:
 def plan_original(m: Megatron, checkpoint: Checkpoint, options: Options) -> Plan:
     """Ranks, as asked for or as the original was, with the args that reading again needs."""
     (config,) = m.classes.values()
-    facts = read_config(checkpoint, m.settings(options), m.architectures, own=config)
+    classes = (*m.architectures, *m.tuned)
+    facts = read_config(checkpoint, m.settings(options), classes, own=config)
     once, source = kept_facts(checkpoint), whole_tensors(checkpoint, m.layer)
     known = m.known(facts, source, options, config=config, once=once, back=True, names=m.written_names)
     said = [n for n, f in known.fields.items() if f.told and not f.free]

@@ -26,6 +26,8 @@ LAYER = (
     "layers.{i}.mlp.dense_h_to_4h.",
     "layers.{i}.mlp.dense_4h_to_h.",
 )
+# Heads of Megatron's tasks, in place of those of pretraining, each in a dict of its own.
+TUNED = ("classification_head.", "multichoice_head.")
 FIRST = ("word_embeddings.", "position_embeddings.", "tokentype_embeddings.")
 LAST = (
     "final_layernorm.",
@@ -36,13 +38,21 @@ LAST = (
     "lm_head.dense.",
     "lm_head.layernorm.",
     "binary_head.",
+    *TUNED,
 )
 _ONLY = {"lm_head.": "bias", "word_embeddings_for_head.": "weight", "output_layer.": "weight"} | {
     stem: "weight" for stem in FIRST
 }
 
 # Of these a decoder has none.
-ENCODER_ONLY = ("tokentype_embeddings.weight", "lm_head.bias", "lm_head.dense.weight", "binary_head.weight")
+ENCODER_ONLY = (
+    "tokentype_embeddings.weight",
+    "lm_head.bias",
+    "lm_head.dense.weight",
+    "binary_head.weight",
+    "classification_head.weight",
+    "multichoice_head.weight",
+)
 
 
 def _nested(

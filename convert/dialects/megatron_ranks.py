@@ -25,7 +25,7 @@ from ckpt_tool.checkpoint.megatron import (
 )
 from ckpt_tool.checkpoint.torch_zip_writer import Namespace
 from ckpt_tool.convert.crosscheck import rank_problems
-from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, is_core
+from ckpt_tool.convert.dialects.megatron_names import DICTS, FIRST, TUNED, is_core
 from ckpt_tool.convert.layout import Home, Part
 from ckpt_tool.convert.numbers import Field, Known, document, number
 from ckpt_tool.convert.options import (
@@ -459,7 +459,9 @@ def to_ranks(
     if form.version is not None:
         beside["checkpoint_version"] = form.version
     beside["iteration"] = form.iteration
-    dicts = tuple(d.replace("model", m, 1) for m in _models(form) for d in DICTS[form.age])
+    heads = [f"model.{t[:-1]}" for t in TUNED if any(f"{t}weight" in r.source for r in table.rows)]
+    inside = (*DICTS[form.age], *(heads if not is_core(form.age) else ()))
+    dicts = tuple(d.replace("model", m, 1) for m in _models(form) for d in inside)
     return replace(plan, outputs=tuple(replace(f, dicts=dicts, beside=beside) for f in plan.outputs))
 
 

@@ -29,6 +29,13 @@ S, T = "layers.{i}.", "bert.encoder.layer.{i}."
 QKV = tuple(f"{T}attention.self.{part}." for part in ("query", "key", "value"))
 WORDS = "bert.embeddings.word_embeddings.weight"
 HEAD = "cls.predictions.transform."
+# What Megatron's tasks put on the pooled first token, in place of the heads of pretraining; both are called
+# so in transformers. Source: NVIDIA/Megatron-LM 23.06 (model/classification.py, multiple_choice.py).
+TUNED = {
+    "classification_head.": "MegatronBertForSequenceClassification",
+    "multichoice_head.": "MegatronBertForMultipleChoice",
+}
+CLASSIFIER = "classifier."
 
 
 def has_binary_head(known: Known) -> bool:
@@ -36,13 +43,51 @@ def has_binary_head(known: Known) -> bool:
     return bool(known.source.tensors.keys() & {"binary_head.weight", "cls.seq_relationship.weight"})
 
 
+def tuned(known: Known) -> str | None:
+    """What Megatron calls the head that a task trained, by the names in its files or the class in
+    config.json."""
+    if known.back:
+        said = (known.facts.document or {}).get("architectures")
+        return next((own for own, name in TUNED.items() if said == [name]), None)
+    there = [own for own in TUNED if known.source.tensors.keys() & {f"{own}weight", f"{own}bias"}]
+    if len(there) > 1 or (there and "lm_head.dense.weight" in known.source.tensors):
+        message = f"expected the heads of one class, found {there[0][:-1]} beside others"
+        known.refuse("unsupported", message, "architectures", "--drop NAME leaves a tensor out")
+    return next(iter(there), None)
+
+
+def labels(known: Known) -> int:
+    found = known.source.first(f"{CLASSIFIER if known.back else tuned(known)}weight")
+    return found.shape[0] if found is not None and found.shape else 1
+
+
+def named_labels(known: Known) -> dict[str, Value]:
+    """How many classes a classifier tells apart, as transformers writes it down."""
+    if tuned(known) != "classification_head.":
+        return {}
+    names, source = [f"LABEL_{k}" for k in range(labels(known))], "rows of classification_head.weight"
+    return {
+        "id2label": Value({str(k): n for k, n in enumerate(names)}, source),
+        "label2id": Value({n: k for k, n in enumerate(names)}, source),
+    }
+
+
+def head_rows(known: Known) -> tuple[Rule, ...]:
+    pooler = tuple(both("pooler.dense.", "bert.pooler.dense.", "e d", "e"))
+    if (own := tuned(known)) is not None:
+        return (*pooler, *both(own, CLASSIFIER, "l d", "l"))
+    binary = (*pooler, *both("binary_head.", "cls.seq_relationship.", "two e", "two"))
+    return (
+        rule("lm_head.bias", "cls.predictions.bias", "v", split="v"),
+        *both("lm_head.dense.", f"{HEAD}dense.", "e d", "e"),
+        *both("lm_head.layernorm.", f"{HEAD}LayerNorm.", "e", "e"),
+        *(binary if has_binary_head(known) else ()),
+    )
+
+
 def rows(known: Known, order: str) -> tuple[Rule, ...]:
     thirds = ("t", (1, 1, 1))
     fused = (f"({order}) d -> (t n h) d", f"({order}) -> (t n h)")
-    binary = (
-        *both("pooler.dense.", "bert.pooler.dense.", "e d", "e"),
-        *both("binary_head.", "cls.seq_relationship.", "two e", "two"),
-    )
     return (
         rule("word_embeddings.weight", WORDS, "v d", split="v"),
         rule("position_embeddings.weight", "bert.embeddings.position_embeddings.weight", "p d"),
@@ -54,10 +99,7 @@ def rows(known: Known, order: str) -> tuple[Rule, ...]:
         *both(f"{S}mlp.dense_h_to_4h.", f"{T}intermediate.dense.", "f d", "f", split="f"),
         *both(f"{S}mlp.dense_4h_to_h.", f"{T}output.dense.", "d f", "d", split="f"),
         *both("final_layernorm.", "bert.encoder.ln.", "d", "d"),
-        rule("lm_head.bias", "cls.predictions.bias", "v", split="v"),
-        *both("lm_head.dense.", f"{HEAD}dense.", "e d", "e"),
-        *both("lm_head.layernorm.", f"{HEAD}LayerNorm.", "e", "e"),
-        *(binary if has_binary_head(known) else ()),
+        *head_rows(known),
     )
 
 
@@ -94,8 +136,24 @@ CLASS = Class(
 )
 
 
+def token_types(known: Known, found: Value) -> Value:
+    """Runs without a binary head have no table of token types, which MegatronBert adds: of zeros it changes
+    nothing."""
+    if known.back or known.source.first("tokentype_embeddings.weight") is not None:
+        return found
+    hint = (
+        "a run with --bert-no-binary-head has none, and MegatronBert adds one: save one of zeros in the first"
+        " stage, which changes no number (model.language_model.embedding.tokentype_embeddings.weight, 2 x the"
+        " width, of the dtype of the others)"
+    )
+    known.refuse("missing-tensor", "expected this tensor, found none", "tokentype_embeddings.weight", hint)
+    return found
+
+
 def architectures(known: Known) -> Value:
-    there = has_binary_head(known)
+    there, own = has_binary_head(known), tuned(known)
+    if own is not None:
+        return Value([TUNED[own]], f"{own}weight in the file")
     return Value([ARCHITECTURES[not there]], f"{'a' if there else 'no'} binary_head in the file")
 
 
@@ -108,7 +166,7 @@ FIELDS = (
     megatron.POSITIONS,
     megatron.heads(PUBLISHED),
     words(PUBLISHED),
-    only("type_vocab_size", 2, "rows of tokentype_embeddings"),
+    only("type_vocab_size", 2, "rows of tokentype_embeddings", check=token_types),
     activation("erf", "which the file does not tell"),
     megatron.EPSILON,
     token_id("pad_token_id", lambda _: given(0, "BERT's vocabularies")),
@@ -129,7 +187,7 @@ TWO_GELUS = "megatron-bert-two-gelus"
 def two_gelus(known: Known) -> tuple[Foretold, ...]:
     """MegatronBert has one hidden_act; the feed-forward, which is in every layer, decides it."""
     gelu, head = gelus(known)
-    if gelu.value == head.value:
+    if gelu.value == head.value or tuned(known) is not None:
         return ()
     reason = (
         f"the feed-forward's gelu is the {gelu.value} form ({gelu.source}), the LM head's the "
@@ -157,9 +215,12 @@ FAMILY = megatron.family(
     vocabulary=Vocabulary("wordpiece", ("BertTokenizer",)),
     rows=rows,
     heads=True,
+    tuned=tuple(TUNED.values()),
+    axes={"l": labels},
+    config=named_labels,
     layer=r"bert\.encoder\.layer\.(\d+)\.",
     words=WORDS,
-    padded="the embedding and the LM head's bias",
+    padded=lambda known: "the embedding" if tuned(known) else "the embedding and the LM head's bias",
     ignored={r"(bert\.)?embeddings\.position_ids": "0, 1, 2, ..."},
     args=lambda known: {"bert_binary_head": Value(has_binary_head(known), "tensors of the model")},
     notes=notes,
