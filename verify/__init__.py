@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.errors import fail
 from ckpt_tool.loading import loading
-from ckpt_tool.verify.accepting import check_names, unneeded
+from ckpt_tool.verify.accepting import check_names, unneeded, without_coverage
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode, words_for
 from ckpt_tool.verify.provenance import origin
 from ckpt_tool.verify.report import Finding, Report, Reports
@@ -167,6 +167,8 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
                 from ckpt_tool.verify.written_args import written_args
 
                 report.findings += written_args(subject)
+    else:
+        report.findings += without_coverage(subject)
     report.findings += unneeded(subject, asked.accept)
     if subject.recorded.insisted:
         from ckpt_tool.verify.confirm import insisted

@@ -31,11 +31,12 @@ PROOFS = {
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
     ("training", "step"): "the changes of one training step on these prompts",
-    ("generation", "greedy"): "the tokens that it goes on with",
+    ("generation", "greedy"): "the tokens that it goes on with from these prompts",
     ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }
 NOT_COMPARED = "not compared with a source"
 AS_SOURCE = "as the source has it"  # in the data of a fault that was there before
+CAST_FIRST = "cast_first"  # in the data of what says that the source was cast before it was compared
 OF_MANIFEST = ("coverage", "bits")  # the levels that compare with the manifest, where there is no source
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen
 CLASSES = (
@@ -193,7 +194,7 @@ def _proved(findings: Sequence[Finding]) -> str:
         text += f" once it is dequantised by the recipe {recipe}"
     elif (wider := next((f.data["wider"] for f in findings if "wider" in f.data), None)) is not None:
         text += f" once they are cast ({wider}), which keeps every value"
-    elif exactness(findings) == "identical after cast":
+    elif exactness(findings) == "identical after cast" or any(f.data.get(CAST_FIRST) for f in findings):
         text += " once it is cast or pooled as recorded or accepted"
     if exactness(findings) == WITHOUT_COPIES:
         text += ", but for the copies that were left out and compared with nothing"
