@@ -189,8 +189,8 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
 
 
 def _carried(subject: Subject) -> list[Finding]:
-    """What there is to say of an optimizer, with its readers, where one was carried."""
-    if subject.carried is None:
+    """What there is to say of an optimizer, with its readers, where one was carried or lies there."""
+    if subject.carried is None and not os.path.isdir(os.path.join(subject.output.path, "optimizer")):
         return []
     from ckpt_tool.verify.carried_bits import carried_bits
 
