@@ -44,7 +44,8 @@ def said_of(file: TensorFile, notes: list[str]) -> Said | None:
         if isinstance(s, Mapping)
     ]
     kept += [g.get("step") for g in groups]
-    counts = tuple(float(x) for x in (*kept, *_counts(file)) if type(x) in (int, float))
+    kept += _counts(file)
+    counts = tuple(float(x) for x in kept if isinstance(x, int | float) and not isinstance(x, bool))
     schedule = None
     for name in SCHEDULERS:
         if isinstance(found := file.metadata.get(name), Mapping):

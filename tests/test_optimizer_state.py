@@ -27,6 +27,7 @@ from ckpt_tool.convert.optimizer_state import STATES
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.compare import compare
 from tests.conftest import Written
 from tests.test_torch_dist import joined
 
@@ -360,6 +361,14 @@ def test_states_that_no_manifest_records_are_in_the_headline(run: Path, tmp_path
         "; optimizer not compared: no manifest records the exp_avg, exp_avg_sq, fp32_param that lie in "
         "optimizer/, and they were compared with nothing"
     )
+
+
+def test_states_of_ranks_that_differ_are_left_out_of_a_comparison(run: Path) -> None:
+    report = compare(run / "in", run / "hf")
+    assert report.status == "pass"
+    counts = [f.data["count"] for f in report.findings if f.check == "left out"]
+    assert counts == [522, len(states(run / "hf"))]
+    assert f"; {sum(counts)} in the files were left out and not compared" in report.headline
 
 
 def other_rate(held: dict[str, Any]) -> None:

@@ -471,3 +471,14 @@ def test_a_recorded_cast_is_named_where_only_numbers_are_compared(originals: Wri
     report = verify(tmp_path / "out", originals(PLAIN), levels="training")
     assert report.status == "pass"
     assert report.headline.endswith("once it is cast or pooled as recorded or accepted")
+
+
+def test_an_adapter_beside_the_source_is_in_the_headline(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Which loaders put on top of those weights."""
+    source = shutil.copytree(originals("qwen2-0.5b"), tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    report = verify(conversions("qwen2-0.5b"), source, levels=CHEAP)
+    words = "; the adapter beside the source's weights was left aside"
+    assert report.status == "pass" and report.headline.endswith(words)

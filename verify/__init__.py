@@ -170,10 +170,10 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
     else:
         report.findings += without_coverage(subject)
     report.findings += unneeded(subject, asked.accept)
-    if subject.recorded.insisted:
-        from ckpt_tool.verify.confirm import insisted
+    if subject.recorded.insisted or (subject.source is not None and subject.source.notes):
+        from ckpt_tool.verify.confirm import insisted, left_aside
 
-        report.findings += insisted(subject)
+        report.findings += [*insisted(subject), *left_aside(subject)]
     if "bits" in asked.levels:
         from ckpt_tool.verify.bits import bits
 

@@ -205,11 +205,14 @@ def _proved(findings: Sequence[Finding]) -> str:
     for f in findings:
         if (f.level, f.check, f.status) == ("parity", "equivalence", "pass"):
             text += _equivalent(f.data.get("upper"), f.data.get("margin"))
-        if f.level == "parity" and (part := f.data.get("part")):
+        of_numbers = f.level == "parity" or (f.level == "training" and ("parity", "lockstep") not in passed)
+        if of_numbers and (part := f.data.get("part")):
             by_bits = ("bits", "round trip") in passed
             text += f"; {part} {'by its bits alone' if by_bits else 'was not compared'}"
         if f.data.get("by_results"):  # of a graph, in which weights may be folded
             text += f"; {f.data['by_results']} are not in it as they are, and judged by these prompts alone"
+        if f.data.get("aside"):
+            text += f"; {f.data['aside']}"
         if f.data.get("insisted"):
             text += f"; {f.data['insisted']} as given with --set, against what its files say"
         if f.data.get("trusted"):
