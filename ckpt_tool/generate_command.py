@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from ckpt_tool.errors import fail, printable
@@ -66,7 +67,7 @@ def run(
 
     from ckpt_tool import api
     from ckpt_tool.verify.compute import computing_for
-    from ckpt_tool.verify.generate_run import Request, bar_of, compared, to_json
+    from ckpt_tool.verify.generate_run import Request, bar_of, compared, said_by_source, to_json
     from ckpt_tool.verify.generate_run import run as go_on
     from ckpt_tool.verify.prompts import tokenizer_of
     from ckpt_tool.verify.subject import opened
@@ -81,8 +82,10 @@ def run(
                           asked["rules"], asked["seed"], not asked["no_cache"])  # fmt: skip
         dtype, device = asked["compute_dtype"], asked["device"]
         sides = _sides(subject, getattr(torch, dtype), device, source is not None)
+        own = replace(request, said=said_by_source(subject) if source is not None else None)
         made = [
-            go_on(subject, side, request, device=device, tell=tell, keep=source is not None) for side in sides
+            go_on(subject, side, each, device=device, tell=tell, keep=source is not None)
+            for side, each in zip(sides, (request, own), strict=False)
         ]
         data = to_json(made[0], request)
         if tokenizer is not None:
@@ -90,14 +93,11 @@ def run(
             data["texts"] = [tokenizer.decode(row) for row in new]
         apart, bar = None, 0.0
         if source is not None:
-            whole = Request(rows, mask, request.asked, request.rules, request.seed, cache=False)
+            whole = replace(own, cache=False)
             plain = go_on(subject, sides[1], whole, device=device) if made[1].kept else made[1]
             bar = bar_of(dtype, made[1], plain)
             apart = compared(made[1], made[0], bar)
-            data["source"] = {
-                "same_tokens": apart.first is None, "first_difference": apart.first, "tie": apart.tie,
-                "worst_score": apart.worst if apart.first is None else None, "bar": bar,
-            }  # fmt: skip
+            data["source"] = _against(made, apart, bar)
     good = apart is None or (apart.first is None and apart.worst <= bar)
     if as_json:
         data["computed"] = f"{dtype} on {device}"
@@ -106,6 +106,21 @@ def run(
     else:
         _show(screen, data, made[0], apart, good)
     return 0 if good else 2 if apart is not None and apart.tie else 1
+
+
+def _against(made: list[Any], apart: Any, bar: float) -> dict[str, Any]:
+    """How the source goes on beside the output, and which options its files give otherwise."""
+    from ckpt_tool.verify.generate_run import options_apart
+
+    others = options_apart(made[1].options, made[0].options)
+    return {
+        "same_tokens": apart.first is None,
+        "first_difference": apart.first,
+        "tie": apart.tie,
+        "worst_score": apart.worst if apart.first is None else None,
+        "bar": bar,
+        **({"other_options": others} if others else {}),
+    }
 
 
 def _prompts(asked: dict[str, Any], tokenizer: Any) -> tuple[list[list[int]], list[list[int]] | None]:
@@ -163,15 +178,18 @@ def _show(screen: Screen, data: dict[str, Any], made: Any, apart: Any, good: boo
     table(screen, heads, [(str(r), _text(data, made, r), f"{s:.4f}") for r, s in enumerate(own)])
     if apart is None:
         return
+    others = "; ".join(data["source"].get("other_options", ()))
+    under = f", by options of its own (the source's and these: {others})" if others else ""
     if good:
         paragraph(
             screen,
-            f"the source goes on with the same tokens; scores are at most {apart.worst:.2g} apart",
+            f"the source goes on with the same tokens{under}; scores are at most {apart.worst:.2g} apart",
             style="green",
         )
     else:
         tie = ", a tie of their scores" if apart.tie else ""
-        words = f"the source goes on otherwise: {apart.first or f'scores are {apart.worst:.3g} apart'}{tie}"
+        where = apart.first or f"scores are {apart.worst:.3g} apart"
+        words = f"the source goes on otherwise{under}: {where}{tie}"
         paragraph(screen, words, style="yellow" if apart.tie else "bold red")
 
 

@@ -65,6 +65,8 @@ class Class:
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": ""})
     # Rates of dropout in training, with what an absent key stands for.
     dropouts: Mapping[str, float] = field(default_factory=lambda: {"attention_dropout": 0.0})
+    # What else acts in training alone: a loss of the router beside that of the head, noise on its way there.
+    routing: Mapping[str, Any] = field(default_factory=dict)
     # Those that no row of the family names, as in DECODER_HEADS.
     heads: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DECODER_HEADS)
     parts: Parts | None = None  # of a model that has others beside that of text
@@ -74,6 +76,11 @@ class Class:
     # Keys without effect on the numbers for which every release that has the class takes a null.
     null_too: tuple[str, ...] = ()
     masked: float = -1e9  # what releases up to 4.30 set masked scores to
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What acts in training alone, with what an absent key stands for."""
+        return {**self.dropouts, **self.routing}
 
     def in_memory(self, name: str) -> str:
         """What a tensor of that name on the disk is called in a model that is loaded."""

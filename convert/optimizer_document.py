@@ -51,6 +51,9 @@ def read(checkpoint: Checkpoint) -> tuple[Ranks, dict[str, Any]]:
 
 def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
     groups, words, order = said.get("groups"), ranks.get("groups"), ranks.get("order")
+    if groups is None:
+        text = "expected the numbers of the groups, found none: ranks that differ have none in common"
+        fail("unsupported", text, file=DOCUMENT, where="groups")
     if not isinstance(groups, list) or not groups or not all(isinstance(g, dict) for g in groups):
         _refuse("groups", "a list of objects")
     counts = ranks.get("optimizers", [])
@@ -70,7 +73,8 @@ def _ranks(said: Mapping[str, Any], ranks: Mapping[str, Any]) -> Ranks:
         )
         fail("bad-config", text, file=DOCUMENT, where="ranks.crc32", hint=hint)
     steps = integer(said, "step", file=DOCUMENT, minimum=0, maximum=2**24, optional=True)
-    if steps is None and ranks.get("step") in ("tensor", "number"):
+    in_groups = ranks.get("step") == "group" and not all("step" in g for g in groups)
+    if in_groups or (steps is None and ranks.get("step") in ("tensor", "number")):
         text = (
             "expected the number of steps that were made, found none: ranks that differ have none in common"
         )

@@ -15,9 +15,7 @@ sharded_state_dict; distributed_data_parallel/param_and_grad_buffer.py).
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
@@ -42,8 +40,6 @@ from ckpt_tool.convert.optimizer_ranks import (
     MASTER,
     NARROW,
     NUMBERED,
-    SCHEDULERS,
-    STEP,
     Numbered,
     Ranks,
     distributed,
@@ -52,6 +48,7 @@ from ckpt_tool.convert.optimizer_ranks import (
     optimizers_of,
     told_of,
 )
+from ckpt_tool.convert.optimizer_said import Said, agreed, said_of
 from ckpt_tool.convert.optimizer_shards import folder_of, is_bucket, said, states_in_buckets
 from ckpt_tool.convert.plan import Chunk, Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import each_once
@@ -64,8 +61,6 @@ _ALL = "|".join(STATES)
 _NAMED = re.compile(rf"optimizer\.state\.(?P<state>{_ALL}|param)\.(?P<name>.+)", re.ASCII)
 _FILE = re.compile(rf"(?P<state>{_ALL})(-\d{{5}}-of-\d{{5}})?\.safetensors", re.ASCII)
 _WITHOUT = f"without {FLAG} the state is left out"
-# Of a group of parameters: what a number of `optimizer.json` may be.
-_PLAIN = (int, float, bool, str)
 
 GATHERED = "dp_zero_gather_scatter"  # of torch_dist
 DEEPSPEED = "_optim_states.pt"
@@ -91,7 +86,7 @@ class State:
 class _Told:
     """What the files say beside the states, as they are read; `ranks` are those that number parameters."""
 
-    runs: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[Said] = field(default_factory=list)
     ranks: list[Numbered] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     alike: Alike = field(default_factory=Alike)
@@ -194,7 +189,7 @@ def state_of(checkpoint: Checkpoint, plan: Plan) -> State:
             for (state, name), t in ranks.states.items():
                 named.setdefault(state, {})[label, name] = t
         fail_all(_unmapped(label, file, [t for t in ours if not _is_mapped(t)]))
-        told.runs += filter(None, [_told(file, told.notes)])
+        told.runs += filter(None, [said_of(file, told.notes)])
     if not named:
         _none(checkpoint)
     told.notes += filter(None, [told.alike.note()])
@@ -272,11 +267,7 @@ def _buffered(
 
 def _content(told: _Told) -> dict[str, Any]:
     """What `optimizer.json` says beside the states."""
-    steps = sorted({t["step"] for t in told.runs if "step" in t})
-    content = dict(told.runs[0]) if told.runs else {}
-    if len(steps) > 1:
-        told.notes.append(f"ranks made {' and '.join(map(str, steps))} steps, so {DOCUMENT} says no number")
-        content.pop("step", None)
+    content = agreed(told.runs, told.notes)
     if told.ranks:
         content["ranks"] = told_of(told.ranks)
         told.notes += (
@@ -346,58 +337,6 @@ def _unmapped(label: str, file: TensorFile, others: Sequence[TensorInfo]) -> Ite
         known = f"{', '.join(STATES)} of each tensor of the model"
         text = f"expected {known}, found {len(others)} of another form, such as buffers of many parameters"
         yield Problem("unsupported", text, label, others[0].name, hint)
-
-
-def _told(file: TensorFile, notes: list[str]) -> dict[str, Any]:
-    """How many steps were made, the numbers of the groups, and of the schedule."""
-    known = [told for told in optimizers_of(file) if told.groups]
-    if not known:
-        return {}
-    groups = [g for told in known for g in told.groups]
-    states = [told.inner.get("state") for told in known]
-    kept = [
-        s.get("step")
-        for own in states
-        if isinstance(own, Mapping)
-        for s in own.values()
-        if isinstance(s, Mapping)
-    ]
-    kept += [g.get("step") for g in groups]
-    counted = {
-        int(x) for x in (*kept, *_counts(file)) if isinstance(x, int | float) and _plain(x) is not None
-    }
-    made: dict[str, Any] = {"step": counted.pop()} if len(counted) == 1 else {}
-    made["groups"] = [_numbers(g, notes) for g in groups]
-    for name in SCHEDULERS:
-        if isinstance(found := file.metadata.get(name), Mapping):
-            made["schedule"] = {"name": name, "values": _numbers(found, notes)}
-    return made
-
-
-def _numbers(found: Mapping[Any, Any], notes: list[str]) -> dict[str, Any]:
-    """What JSON has of it; `notes` get what it has not."""
-    kept = {str(k): _plain(v) for k, v in found.items() if k != "params"}
-    if lost := sorted(str(k) for k, v in found.items() if v is not None and kept.get(str(k), v) is None):
-        notes.append(f"{', '.join(lost)} of the optimizer are no plain numbers, and left out of {DOCUMENT}")
-    return {k: v for k, v in kept.items() if k not in lost}
-
-
-def _counts(file: TensorFile) -> Iterator[float]:
-    """The numbers of steps that are tensors, as torch keeps them."""
-    for t in file.tensors.values():
-        if STEP.fullmatch(t.name) and t.dtype == "F32" and t.numel == 1:
-            buffer = bytearray(4)
-            file.read_into(t.name, 0, memoryview(buffer))
-            yield from struct.unpack("<f", buffer)
-
-
-def _plain(value: object) -> Any:
-    """`value` where JSON has it, else None."""
-    if isinstance(value, list | tuple):
-        return None if any(_plain(x) is None for x in value) else list(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if type(value) in _PLAIN else None
 
 
 # --- to the Hugging Face layout -----------------------------------------------------------------------------

@@ -605,3 +605,42 @@ def test_an_output_with_a_certificate_can_be_replaced(work: Path) -> None:
     done = program("convert", "mistral", "--in", "source", "--out", "out", "--overwrite", cwd=work)
     assert done.returncode == 0, done.stderr
     assert not (work / "out" / NAME).exists()
+
+
+# --- facts that were given ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [{"spot": 3, "seed": 1}, {"full": True}])
+def test_facts_that_the_source_lacks_are_held_by_the_certificate(
+    depth: dict[str, Any], originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """A right certificate failed where nobody gave them again."""
+    variant, source = VARIANTS["mistral-nemo"], originals("mistral-nemo")
+    out = shutil.copytree(conversions("mistral-nemo"), tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    request = Request(levels=("coverage", "bits"))
+    done = certify(out, source, request, settings=variant.settings)
+    assert done.statement is not None, done.report.headline
+    (out / NAME).write_bytes(as_bytes(done.statement))
+    report = check(out, source=source, **depth)
+    assert report.status == "pass"
+    assert "facts were given with --set: max_position_embeddings" in report.headline
+    assert report.facts["given"] == "max_position_embeddings = 131072"
+    asked = done.statement["predicate"]["verification"]["asked"]
+    assert asked.pop("settings") == variant.settings  # one that was made before they were held
+    (out / NAME).write_bytes(as_bytes(done.statement))
+    assert check(out, source=source, **depth).status == "fail"
+    assert check(out, source=source, settings=variant.settings, **depth).status == "pass"
+
+
+def test_facts_against_the_source_must_be_given_again(originals: Written, tmp_path: Path) -> None:
+    source, given = originals(VARIANT), {"rope_theta": 5000.0}
+    convert(source, tmp_path / "out", family="mistral", options=Options(settings=given))
+    done = certify(tmp_path / "out", source, Request(levels=("coverage", "bits")), settings=given)
+    assert done.statement is not None, done.report.headline
+    (tmp_path / "out" / NAME).write_bytes(as_bytes(done.statement))
+    for depth in ({"spot": 3, "seed": 1}, {"full": True}):
+        report = check(tmp_path / "out", source=source, **depth)  # type: ignore[arg-type]
+        assert report.status == "fail"
+        assert report.headline == "rope_theta: the source says otherwise: --set says that it is right"
+        assert check(tmp_path / "out", source=source, settings=given, **depth).status == "pass"  # type: ignore[arg-type]

@@ -288,6 +288,41 @@ FOREIGN = {
 }
 
 
+def test_what_acts_elsewhere_than_in_the_numbers_is_in_the_headline(
+    conversions: Written, tmp_path: Path
+) -> None:
+    """Values for training and sampling, and other files of one name that loaders put on top of the model."""
+    for side, rate in (("a", 0.0), ("b", 0.5)):
+        out = shutil.copytree(conversions(VARIANT), tmp_path / side)
+        (out / "adapter_config.json").write_text(json.dumps({"lora_alpha": rate}))
+        for name, change in (("config", {"attention_dropout": rate}), ("generation_config", {"top_k": 5})):
+            file = out / f"{name}.json"
+            if side == "b":
+                file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert report.status == "pass" and report.headline.endswith(
+        "; values for training alone are others, which are noted"
+        "; generation_config.json says other things, which are noted"
+        "; files that loaders take with the model are others, which are noted"
+    )
+    (tmp_path / "b" / "generation_config.json").unlink()
+    assert "; generation_config.json is in A alone" in compare(tmp_path / "a", tmp_path / "b").headline
+
+
+def test_states_of_a_training_run_are_left_out_in_the_headline(conversions: Written, tmp_path: Path) -> None:
+    out = shutil.copytree(conversions(VARIANT), tmp_path / "out")
+    (out / "optimizer").mkdir()
+    states = {f"exp_avg.{k}": torch.zeros(2) for k in ("a", "b")}
+    save_file(states, out / "optimizer" / "exp_avg-00001-of-00001.safetensors")
+    report = compare(conversions(VARIANT), out)
+    assert report.status == "pass"
+    assert "; 2 in the files were left out and not compared" in report.headline
+    (found,) = (f for f in report.findings if f.check == "left out")
+    assert found.message == "not compared: exp_avg.a, exp_avg.b of B, left out (states of a training run)"
+    (out / "optimizer" / "exp_avg-00001-of-00001.safetensors").write_bytes(b"no states")
+    assert "; 1 in the files were left out and not compared" in compare(conversions(VARIANT), out).headline
+
+
 def foreign(path: Path, **changed: torch.Tensor) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(FOREIGN | changed, path)

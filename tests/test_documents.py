@@ -252,6 +252,33 @@ def test_the_class_that_loaders_take_where_the_file_names_none_is_told(
     assert (found.status, found.message) == (status, text)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, []),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ["unk", "sep", "pad", "cls", "mask"]),
+        ({"mask_token": "[PAD]"}, ["mask"]),
+        ({"model_max_length": 77}, ["expected 600, found 77"]),
+    ],
+)
+def test_roles_of_the_class_that_loaders_take_and_a_limit_that_nobody_says(
+    change: dict[str, Any], told: list[str], originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """As MobileBERT is published: all releases give the roles of its class, and none a limit."""
+    out = copied(conversions("mobilebert-uncased"), tmp_path / "out")
+    for name in ("ckpt-tool.json", "special_tokens_map.json"):
+        (out / name).unlink()
+    said = {"do_lower_case": True, "clean_up_tokenization_spaces": True} | change
+    (out / "tokenizer_config.json").write_text(json.dumps(said))
+    report = verify(out, originals("mobilebert-uncased"), levels="coverage")
+    found = [f for f in report.findings if f.status == "fail"]
+    for f, words in zip(found, told, strict=True):
+        assert words in f"{f.where} {f.message}"
+    notes = [f.message for f in report.findings if f.where == "tokenizer_config.json: model_max_length"]
+    text = "not said, nor by the original, so the library's class decides (expected 600, found no limit)"
+    assert notes == ([text] if "model_max_length" not in change else ["expected 600, found 77"])
+
+
 def test_another_class_that_brings_a_token_is_one_difference(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

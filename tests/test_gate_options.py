@@ -129,6 +129,28 @@ def test_what_is_no_worse_than_the_baseline(
     assert (report.findings[0].status == "note") is stands
 
 
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        (Finding("parity", "lockstep", "pass", "p"), "pass"),
+        (Finding("parity", "lockstep", "skipped", "no torch"), "undecided"),
+        (None, "undecided"),
+    ],
+)
+def test_what_passed_in_the_baseline_and_did_not_run_is_not_known_to_be_no_worse(
+    now: Finding | None, verdict: str, tmp_path: Path
+) -> None:
+    """Beside a failure that stands as it was, by which alone the headline would speak."""
+    bad = Finding("coverage", "x", "fail", "m")
+    before = Reports("gate", [Report("one", findings=[bad, Finding("parity", "lockstep", "pass", "p")])])
+    (tmp_path / "before.json").write_text(json.dumps(before.to_json()))
+    report = Report("one", findings=[bad, *([now] if now is not None else [])])
+    hold_against(report, read_baseline(tmp_path / "before.json"))
+    assert report.status == verdict
+    words = "could not be judged: parity: lockstep passed in the baseline, and was not shown now"
+    assert verdict == "pass" or report.headline == words
+
+
 @pytest.mark.parametrize("bar", ["top1", "catch_rate"])
 def test_of_some_numbers_more_is_better(bar: str) -> None:
     data = {"rate": 0.5, "top1": 0.5}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.reference import blocks, hf_blocks
-from ckpt_tool.verify import documented_generation, verify
+from ckpt_tool.verify import documented_generation, generated, verify
 from ckpt_tool.verify.answers import Skip
 from ckpt_tool.verify.expectations import parse
 from ckpt_tool.verify.generate import Generated, best_of, generate
@@ -591,13 +591,42 @@ def test_the_level_passes_and_fails(originals: Written, conversions: Written, tm
     source = originals("gpt2-v2-tp2")
     good = verify(conversions("gpt2-v2-tp2"), source, levels=("generation",))
     assert good.status == "pass"
-    assert "the tokens that it goes on with are those of its source" in good.judgement.headline
+    assert "the tokens that it goes on with from these prompts are those" in good.judgement.headline
     found = {f.check: f.status for f in good.findings if f.level == "generation"}
     assert found == dict.fromkeys(
         ("greedy", "sampled", "beams", "cache, original", "cache, converted"), "pass"
     )
     bad = verify(changed(conversions("gpt2-v2-tp2"), tmp_path / "other"), source, levels=("generation",))
     assert bad.status == "fail"
+
+
+def test_a_mode_that_did_not_run_is_in_the_headline(
+    originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what greedy search alone has shown would stand for all of them."""
+    modes = {"greedy": generated.MODES["greedy"], "beams": {"do_sample": False, "num_beams": 0}}
+    monkeypatch.setattr(generated, "MODES", modes)
+    report = verify(conversions("llama-1-13b"), originals("llama-1-13b"), levels=("generation",))
+    assert report.status == "pass"
+    assert report.headline.endswith("; beams not compared: expected at least 1, found 0")
+
+
+@pytest.mark.parametrize("side", ["output", "source"])
+def test_the_source_goes_on_by_its_own_options(
+    side: str, originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Those of the output would hide that it generates otherwise."""
+    sides = {"output": conversions("qwen2-0.5b"), "source": originals("qwen2-0.5b")}
+    changed_side = shutil.copytree(sides[side], tmp_path / side)
+    file = changed_side / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.8}))
+    asked = ("--prompt-ids", "5,9,31,7,12", "--mode", "greedy", "--option", "max_new_tokens=5", "--json")
+    both = {**sides, side: changed_side}
+    found = program("generate", str(both["output"]), "--source", str(both["source"]), *asked, cwd=tmp_path)
+    told = json.loads(found.stdout)["source"]
+    values = "1.0 and 1.8" if side == "output" else "1.8 and 1.0"
+    assert found.returncode == 1 and not told["same_tokens"] and not told["tie"]
+    assert told["other_options"] == [f"repetition_penalty {values}"]
 
 
 def test_an_encoder_does_not_go_on(conversions: Written, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ function of each number of its tensor, so that it is right where it is that func
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -26,6 +27,7 @@ from ckpt_tool.convert.optimizer_state import STATES
 from ckpt_tool.convert.shares import Worker
 from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.variants import VARIANTS
+from ckpt_tool.verify.compare import compare
 from tests.conftest import Written
 from tests.test_torch_dist import joined
 
@@ -307,6 +309,113 @@ def test_a_certificate_holds_for_ranks_with_states(run: Path, tmp_path: Path) ->
     torch.save(file, path)
     check = CliRunner().invoke(cli, ["check-certificate", *given[:1]])
     assert check.output.startswith("ckpt-tool check-certificate: fail"), check.output
+
+
+def test_a_certificate_says_that_states_are_not_made_again(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    given = (str(out), "--source", str(run / "in"))
+    CliRunner().invoke(cli, ["certificate", *given, "--level", "coverage", "--level", "bits"])
+    check = CliRunner().invoke(cli, ["check-certificate", *given, "--spot", "3"])
+    assert check.output.startswith("ckpt-tool check-certificate: pass")
+    words = "the states of its optimizer were not made again: only --full compares them"
+    assert words in " ".join(check.output.split())
+
+
+def test_the_document_is_compared_with_the_source_whatever_the_manifest_says(
+    run: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    place, manifest = out / "optimizer" / "optimizer.json", out / "ckpt-tool.json"
+    right, recorded = json.loads(place.read_text()), json.loads(manifest.read_text())
+    assert right["groups"][1]["weight_decay"] == 0.0
+    groups = [right["groups"][0], right["groups"][1] | {"weight_decay": 0.5}]
+    schedule = {"name": "lr_scheduler", "values": {}}
+    for change, where in (
+        ({"step": 8}, "step"),
+        ({"groups": groups}, "groups.1.weight_decay"),
+        ({"schedule": schedule}, "schedule"),
+    ):
+        place.write_text(json.dumps(right | change))
+        for entry in recorded["documents"]:
+            if entry["file"] == "optimizer/optimizer.json":
+                entry["sha256"] = hashlib.sha256(place.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(recorded))
+        (found,) = (f for f in api.verify(out, run / "in", levels="bits").findings if f.check == "optimizer")
+        assert (found.status, found.where) == ("fail", f"optimizer/optimizer.json.{where}")
+
+
+def test_a_schedule_that_the_source_has_not_fails(run: Path, tmp_path: Path) -> None:
+    api.convert(run / "hf", tmp_path / "back", to="original", options=WITH)
+    path = sorted((tmp_path / "back").rglob("*.pt"))[0]
+    torch.save(torch.load(path, weights_only=False) | {"opt_param_scheduler": {"max_lr": 3.0}}, path)
+    report = api.verify(tmp_path / "back", run / "hf", levels="bits")
+    (found,) = (f for f in report.findings if f.check == "optimizer")
+    assert found.status == "fail" and str(found.where).endswith(": opt_param_scheduler")
+
+
+def test_states_that_no_manifest_records_are_in_the_headline(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    report = api.verify(out, run / "in", levels=("coverage", "bits"))
+    assert report.status == "pass" and report.headline.endswith(
+        "; optimizer not compared: no manifest records the exp_avg, exp_avg_sq, fp32_param that lie in "
+        "optimizer/, and they were compared with nothing"
+    )
+
+
+def test_states_of_ranks_that_differ_are_left_out_of_a_comparison(run: Path) -> None:
+    report = compare(run / "in", run / "hf")
+    assert report.status == "pass"
+    counts = [f.data["count"] for f in report.findings if f.check == "left out"]
+    assert counts == [522, len(states(run / "hf"))]
+    assert f"; {sum(counts)} in the files were left out and not compared" in report.headline
+
+
+def other_rate(held: dict[str, Any]) -> None:
+    held["param_groups"][1]["lr"] = 5.0
+
+
+def other_steps(held: dict[str, Any]) -> None:
+    held["state"][2]["step"] = torch.tensor(9.0)
+
+
+def half_steps(held: dict[str, Any]) -> None:
+    for own in held["state"].values():
+        own["step"] = torch.tensor(7.5)
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("change", "ranks", "key", "note"),
+    [
+        (other_rate, (1,), "groups", "ranks have other numbers for groups of parameters, so "),
+        (other_steps, (0, 1), "step", "ranks made 7 and 9 steps, so "),
+        (other_steps, (0,), "step", "ranks made 7 and 9 steps, so "),
+        (half_steps, (0, 1), "step", "ranks made 7.5 steps, so "),
+    ],
+)
+def test_what_ranks_say_otherwise_is_not_taken_from_one_of_them(
+    change: Callable[[dict[str, Any]], None],
+    ranks: tuple[int, ...],
+    key: str,
+    note: str,
+    originals: Written,
+    tmp_path: Path,
+) -> None:
+    source = trained(originals("gpt2-v2-tp2"), tmp_path / "in", state=of_32_bits)
+    for rank in ranks:
+        path = sorted(source.rglob("*.pt"))[rank]
+        file = torch.load(path, weights_only=False)
+        change(file["optimizer"])
+        torch.save(file, path)
+    api.convert(source, tmp_path / "out", family="megatron-gpt2", options=WITH)
+    told = json.loads((tmp_path / "out" / "optimizer" / "optimizer.json").read_text())
+    assert key not in told and {"states", "ranks", "groups", "step"} - told.keys() == {key}
+    report = api.verify(tmp_path / "out", source, levels="bits")
+    (found,) = (f for f in report.findings if f.check == "optimizer")
+    assert found.status == "pass" and note in found.message  # beside what is shown
+    error = refused(lambda: api.plan(tmp_path / "out", to="original", options=WITH))
+    assert (error.problems[0].kind, error.problems[0].where) == ("unsupported", key)
 
 
 def without_order(told: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from ckpt_tool.errors import CkptToolError
 from ckpt_tool.fixtures.quantised import quantise
 from ckpt_tool.fixtures.variants import VARIANTS
 from ckpt_tool.verify import gradients, library, optimizer, schedules, training, training_groups, verify
+from ckpt_tool.verify.claims import Claim, judge
 from ckpt_tool.verify.optimizer import AdamW
 from ckpt_tool.verify.packed_weights import PackedWeights
 from ckpt_tool.verify.report import Finding, Report
@@ -276,6 +277,38 @@ def test_another_dropout_is_named(conversions: Written, originals: Written, tmp_
         (first, *_) = training_groups.dropouts(silent)
         assert first.status == status, first.message
     assert "found none, which its class takes as 0.1" in first.message
+
+
+@pytest.mark.parametrize(("key", "value"), [("output_router_logits", True), ("router_jitter_noise", 0.1)])
+def test_a_router_that_is_trained_otherwise_is_named(key: str, value: Any, conversions: Written) -> None:
+    """A loss of its own beside that of the head, and noise: neither is in the gradients compared here."""
+    said = json.loads((conversions("mixtral-b") / "config.json").read_text())
+    subject: Any = SimpleNamespace(config=said, plan=None, direction="to-original", original=None)
+    assert [f.status for f in training_groups.dropouts(subject)] == ["pass"]
+    plan: Any = SimpleNamespace(config={})
+    changed: Any = SimpleNamespace(config=said | {key: value}, plan=plan, direction="to-hf", original=None)
+    (found,) = training_groups.dropouts(changed)
+    assert (found.check, found.status, found.where) == ("router", "fail", f"config.json: {key}")
+    assert found.message == f"expected {classes()['mixtral'].routing[key]}, found {value}"
+
+
+def test_what_no_prompt_reached_is_in_the_headline() -> None:
+    """Of a head stored beside a tie nothing is learnt here, and transformers 5 learns it."""
+
+    class Held(dict[str, Tensor]):
+        used = frozenset({"model.embed_tokens.weight"})
+
+    held = Held.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), torch.ones(1))
+    side: Any = SimpleNamespace(weights=(held,))
+    (found,) = training._unread(side)
+    assert (found.status, found.where) == ("note", "lm_head.weight")
+    step = Finding("training", "step", "pass", "all take it")
+    assert judge([step, found], Claim()).headline == (
+        "the changes of one training step on these prompts are those of its source; "
+        "what no prompt reached (1 of 2 tensors) was not compared"
+    )
+    Held.used = frozenset(held)
+    assert training._unread(side) == []
 
 
 def wanted(right: np.ndarray, off: float) -> training.Wanted:

@@ -445,3 +445,40 @@ def test_what_was_not_compared_is_in_the_headline(conversions: Written, tmp_path
         "tokenizer_config.json says other things, which are noted; B alone has files that loaders take, "
         "which are noted"
     )
+
+
+# --- levels by themselves ---------------------------------------------------------------------------------
+
+
+def test_a_cast_that_nobody_asked_for_fails_whatever_level_is_asked(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """The source is cast before it is compared, so no other level would see it."""
+    level = "bits"
+    out = copied(conversions(PLAIN), tmp_path / "out")
+    file = out / "model.safetensors"
+    save_file({k: x.half() for k, x in load_file(file).items()}, file, {"format": "pt"})
+    edit(out / "config.json", torch_dtype="float16")
+    report = verify(out, originals(PLAIN), levels=level)
+    assert report.status == "fail" and report.headline.endswith("--accept cast-to-float16 accepts it")
+    accepted = verify(out, originals(PLAIN), levels=level, accept=["cast-to-float16"])
+    words = "are those of its source once it is cast or pooled as recorded or accepted"
+    assert accepted.status == "pass" and accepted.headline.endswith(words)
+
+
+def test_a_recorded_cast_is_named_where_only_numbers_are_compared(originals: Written, tmp_path: Path) -> None:
+    api.convert(originals(PLAIN), tmp_path / "out", family="mistral", options=Options(dtype="F16"))
+    report = verify(tmp_path / "out", originals(PLAIN), levels="training")
+    assert report.status == "pass"
+    assert report.headline.endswith("once it is cast or pooled as recorded or accepted")
+
+
+def test_an_adapter_beside_the_source_is_in_the_headline(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """Which loaders put on top of those weights."""
+    source = shutil.copytree(originals("qwen2-0.5b"), tmp_path / "source")
+    (source / "adapter_config.json").write_text("{}")
+    report = verify(conversions("qwen2-0.5b"), source, levels=CHEAP)
+    words = "; the adapter beside the source's weights was left aside"
+    assert report.status == "pass" and report.headline.endswith(words)

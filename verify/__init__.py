@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt_tool.errors import fail
 from ckpt_tool.loading import loading
-from ckpt_tool.verify.accepting import check_names, unneeded
+from ckpt_tool.verify.accepting import check_names, unneeded, without_coverage
 from ckpt_tool.verify.claims import MODES, Against, Asked, Claim, Mode, words_for
 from ckpt_tool.verify.provenance import origin
 from ckpt_tool.verify.report import Finding, Report, Reports
@@ -167,11 +167,13 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
                 from ckpt_tool.verify.written_args import written_args
 
                 report.findings += written_args(subject)
+    else:
+        report.findings += without_coverage(subject)
     report.findings += unneeded(subject, asked.accept)
-    if subject.recorded.insisted:
-        from ckpt_tool.verify.confirm import insisted
+    if subject.recorded.insisted or (subject.source is not None and subject.source.notes):
+        from ckpt_tool.verify.confirm import insisted, left_aside
 
-        report.findings += insisted(subject)
+        report.findings += [*insisted(subject), *left_aside(subject)]
     if "bits" in asked.levels:
         from ckpt_tool.verify.bits import bits
 
@@ -187,8 +189,8 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
 
 
 def _carried(subject: Subject) -> list[Finding]:
-    """What there is to say of an optimizer, with its readers, where one was carried."""
-    if subject.carried is None:
+    """What there is to say of an optimizer, with its readers, where one was carried or lies there."""
+    if subject.carried is None and not os.path.isdir(os.path.join(subject.output.path, "optimizer")):
         return []
     from ckpt_tool.verify.carried_bits import carried_bits
 

@@ -12,6 +12,7 @@ from ckpt_tool.convert.layout import Step
 from ckpt_tool.convert.quantised_config import TARGETS
 from ckpt_tool.errors import fail
 from ckpt_tool.verify.casted import loses
+from ckpt_tool.verify.claims import CAST_FIRST
 from ckpt_tool.verify.report import Finding
 from ckpt_tool.verify.subject import Subject
 
@@ -52,12 +53,13 @@ def undeclared_cast(subject: Subject) -> Iterator[Finding]:
     cast = {(p.file, p.name) for s in plan.steps if not s.compare for p in s.targets if _is_cast(s)}
     count = sum((t.file, t.name) in cast for t in held)
     which = f"all {count}" if count == len(held) else f"{count} of {len(held)}"
-    name, data = cast_name(to), {"cast": DTYPES[to].torch}
+    name, data = cast_name(to), dict[str, object](cast=DTYPES[to].torch)
     text = f"{which} floating tensors are cast to {DTYPES[to].torch}, which nothing records as asked for"
     if not loses(plan):
         data |= {"wider": f"{which} floating tensors to {DTYPES[to].torch}"}
         yield Finding("coverage", "dtype", "note", f"{text}: it holds every value of the source", data=data)
     elif name in subject.accepted:
+        data |= {CAST_FIRST: True}
         yield Finding("coverage", "dtype", "note", f"{text}; accepted as {name}", data=data)
     else:
         text = f"expected the source's dtypes, found a cast: {text}; --accept {name} accepts it"
@@ -79,6 +81,19 @@ def undeclared(subject: Subject) -> Iterator[Finding]:
         text = f"expected codes and scales, or a record that numbers were asked for: {text}"
         more = {**data, "exactness": "differs"}
         yield Finding("coverage", "dtype", "fail", f"{text}; --accept {name} accepts it", data=more)
+
+
+def without_coverage(subject: Subject) -> Iterator[Finding]:
+    """What coverage says of dtypes, where it was not asked for: every level compares with a source that was
+    cast, or made numbers, as the output is. What is recorded as asked for (a cast that rounds, heads that are
+    pooled) is named all the same."""
+    yield from undeclared_cast(subject)
+    yield from undeclared(subject)
+    plan = subject.plan
+    lossy = plan is not None and (loses(plan) or any(s.mean for s in plan.steps))
+    if lossy and subject.undeclared_cast is None:
+        text = "the source is compared as it is once it is cast or pooled, as recorded"
+        yield Finding("coverage", "dtype", "note", text, data={CAST_FIRST: True})
 
 
 def _is_cast(step: Step) -> bool:

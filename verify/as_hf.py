@@ -18,6 +18,8 @@ from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.weight_sets import Prefer
 from ckpt_tool.convert.families import as_families_know, as_family_knows, codes_apart, family
 from ckpt_tool.convert.layer_axis import layers_apart
+from ckpt_tool.convert.optimizer_document import FOLDER
+from ckpt_tool.convert.optimizer_state import attached
 from ckpt_tool.convert.plan import Options, Plan
 from ckpt_tool.convert.quantised_view import as_asked
 from ckpt_tool.convert.recognising import check_whole, only_family
@@ -26,18 +28,21 @@ from ckpt_tool.verify.leaves import fill, makers
 from ckpt_tool.verify.prefixed import with_prefix
 from ckpt_tool.verify.subject import is_hf
 
+OF_TRAINING = ("state of the training run", "state of the optimizer")  # why a plan leaves a tensor out
 KEPT = 4  # tensors that were made and stay on the disk until others are
 
 
 @dataclass(frozen=True)
 class Shown:
     """`checkpoint` under Hugging Face names, config.json's values, and the documents of such a folder: those
-    that lie there, or as a conversion would write them. `layout` is in words how it is stored."""
+    that lie there, or as a conversion would write them. `layout` is in words how it is stored. `states` are
+    the names of tensors beside the model's that a run of training left there."""
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     layout: str
     documents: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    states: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -52,7 +57,7 @@ def shown_as_hf(
         if is_hf(known):
             config = known.json("config.json")
             own = {n: d.read for n, d in known.documents.items()}
-            yield Shown(known, config, f"Hugging Face, {_files(known)}", own)
+            yield Shown(known, config, f"Hugging Face, {_files(known)}", own, _carried(known))
             found.check_unchanged()
             return
     with _open(path, "original") as found:
@@ -65,7 +70,8 @@ def shown_as_hf(
             view = Checkpoint(found.path, {made.name: made}, _documents(source), list(found.notes))
             config = json.loads(next(d.content for d in plan.documents if d.name == "config.json"))
             written = {d.name: _content(d.content) for d in plan.documents}
-            yield Shown(view, config, f"original of {own_family.name}, {_files(source)}", written)
+            left = tuple(d.tensor.name for d in plan.dropped if d.reason.startswith(OF_TRAINING))
+            yield Shown(view, config, f"original of {own_family.name}, {_files(source)}", written, left)
         found.check_unchanged()
 
 
@@ -79,6 +85,19 @@ def shown_as_stored(path: str | os.PathLike[str]) -> Iterator[Shown]:
         own = {n: d.read for n, d in found.documents.items()}
         yield Shown(found, {}, f"as stored, {_files(found)}", own)
         found.check_unchanged()
+
+
+def _carried(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The states of an optimizer that were carried into a folder of their own, by name."""
+    if not os.path.isdir(os.path.join(checkpoint.path, FOLDER)):
+        return ()
+    try:
+        own = {n: f for n, f in attached(checkpoint).files.items() if n not in checkpoint.files}
+    except CkptToolError:  # what they are cannot be told
+        return (FOLDER,)
+    for file in own.values():
+        file.close()
+    return tuple(name for file in own.values() for name in file.tensors)
 
 
 def _content(data: bytes) -> Callable[[], bytes]:

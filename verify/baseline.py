@@ -1,5 +1,6 @@
 """A gate against an earlier run of it: what failed then and is no worse now is a note, and what was better
-then fails, also where it is within its bars. What has no number is no worse where it says the same."""
+then fails, also where it is within its bars. What has no number is no worse where it says the same. Where a
+note stands for a failure, what passed then and is not shown now leaves the verdict undecided."""
 
 from __future__ import annotations
 
@@ -80,6 +81,7 @@ def hold_against(report: Report, recorded: Mapping[str, Recorded]) -> None:
     made = [_as_before(f, before) for f in report.findings]
     if made != report.findings:
         report.claim = Claim("baseline")
+        made += _not_shown(made, before)
     report.findings = [*made, *_worse(now, before)]
 
 
@@ -112,6 +114,15 @@ def _no_worse(now: Answer, then: Answer, more: bool) -> bool:
     if x is None or y is None or math.isnan(x) or math.isnan(y):
         return DIGEST.sub("", now.words) == DIGEST.sub("", then.words)
     return x >= y * (1 - SLACK) if more else x <= y * (1 + SLACK)
+
+
+def _not_shown(made: list[Finding], before: Recorded) -> list[Finding]:
+    """The checks that passed then and do not run now: of none is it known whether it is worse."""
+    passed = {key[:2]: None for key, each in before.findings.items() if any(a.status == "pass" for a in each)}
+    answered = {(f.level, f.check) for f in made if f.status != "skipped"}
+    text = "passed in the baseline, and was not shown now"
+    lost = [key for key in passed if key not in answered and key[0] != LEVEL]
+    return [Finding(LEVEL, "shown", "undecided", f"{level}: {check} {text}") for level, check in lost]
 
 
 def _worse(now: str | None, before: Recorded) -> list[Finding]:

@@ -7,11 +7,16 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
+from ckpt_tool.checkpoint.base import TensorInfo
+from ckpt_tool.checkpoint.strict_json import MAX_BYTES, parse_object
 from ckpt_tool.checkpoint.torch_zip_writer import Held
 from ckpt_tool.convert.optimizer_buffers import TRUSTED
+from ckpt_tool.convert.optimizer_document import DOCUMENT, FOLDER
 from ckpt_tool.convert.optimizer_ranks import LISTS, MASTER, SCHEDULERS
-from ckpt_tool.convert.optimizer_state import STATES, is_state
+from ckpt_tool.convert.optimizer_state import STATES, attached, is_state
+from ckpt_tool.errors import CkptToolError
 from ckpt_tool.verify.bits import compare
 from ckpt_tool.verify.carried import Carried
 from ckpt_tool.verify.coverage import scan
@@ -25,7 +30,7 @@ def carried_bits(subject: Subject) -> list[Finding]:
     """Whether they are what was written, and what the source has."""
     carried = subject.carried
     if carried is None:
-        return []
+        return [*_unrecorded(subject)]
     wrong = list(_checksums(subject, carried))
     if not wrong and carried.source is not None:
         wrong = list(_compared(subject, carried))
@@ -35,8 +40,31 @@ def carried_bits(subject: Subject) -> list[Finding]:
     if carried.source is not None:
         text += " and of the source, byte for byte"
     notes = carried.plan.notes if carried.plan is not None else ()
-    text = "; ".join([text, *(n for n in notes if n.startswith(TRUSTED))])
+    text = "; ".join([text, *(n for n in notes if n.startswith(TRUSTED) or DOCUMENT in n)])
     return [Finding("bits", "optimizer", "pass", text)]
+
+
+def _unrecorded(subject: Subject) -> Iterator[Finding]:
+    """States beside a model of which no manifest says that they were carried: nobody has compared them."""
+    if subject.direction != "to-hf":
+        return
+    found = {t.name.partition(".")[0] for t in _states(subject) if is_state(t.name)}
+    if kinds := ", ".join(s for s in STATES if s in found):
+        text = f"no manifest records the {kinds} that lie in {FOLDER}/, and they were compared with nothing"
+        yield Finding("bits", "optimizer", "skipped", text, data={"open": True})
+
+
+def _states(subject: Subject) -> list[TensorInfo]:
+    """The tensors that lie in the output's folder of states, of files that can be opened."""
+    try:
+        whole = attached(subject.output)
+    except CkptToolError:
+        return []
+    own = [f for n, f in whole.files.items() if n not in subject.output.files]
+    found = [t for f in own for t in f.tensors.values()]
+    for file in own:
+        file.close()
+    return found
 
 
 def _kinds(carried: Carried) -> str:
@@ -79,7 +107,25 @@ def _compared(subject: Subject, carried: Carried) -> Iterator[Finding]:
         yield _fail(text, f"{d.tensor.file}: {d.tensor.name}")
     for name in result.missing:
         yield _fail("expected a state of the planned shape and dtype, found none", name)
-    yield from _beside(carried)
+    yield from _document(subject, carried) if forth else _beside(carried)
+
+
+def _document(subject: Subject, carried: Carried) -> Iterator[Finding]:
+    """Whether the document has the steps, groups, schedule and numbers that the source gives."""
+    assert carried.plan is not None
+    planned = next(d for d in carried.plan.documents if d.name == DOCUMENT)
+    try:
+        with (Path(subject.output.path) / DOCUMENT).open("rb") as file:
+            found = parse_object(file.read(MAX_BYTES + 1), file=DOCUMENT)
+    except OSError:
+        yield _fail("expected this file, found none that can be read", DOCUMENT)
+        return
+    except CkptToolError as error:
+        yield _fail(error.problems[0].message, DOCUMENT)
+        return
+    odd = _unlike(parse_object(planned.content, file=DOCUMENT), found, DOCUMENT)
+    if odd is not None:
+        yield _fail("expected what the source says of its optimizer, found another", odd)
 
 
 def _beside(carried: Carried) -> Iterator[Finding]:
@@ -87,8 +133,8 @@ def _beside(carried: Carried) -> Iterator[Finding]:
     assert carried.plan is not None
     for f in (f for f in carried.plan.outputs if "optimizer" in f.beside):
         file = carried.output.files[f.name]
-        for key in (k for k in ("optimizer", *SCHEDULERS) if k in f.beside):
-            if (where := _unlike(f.beside[key], file.metadata.get(key), key)) is not None:
+        for key in ("optimizer", *SCHEDULERS):
+            if (where := _unlike(f.beside.get(key), file.metadata.get(key), key)) is not None:
                 yield _fail(
                     "expected what the source says of its optimizer, found another", f"{f.name}: {where}"
                 )

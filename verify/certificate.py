@@ -16,7 +16,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Request:
     compute_dtype: str = "float32"
     checkpoint_id: str | None = None
     accept: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # facts that were given with --set
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +66,7 @@ class Request:
             "compute_dtype": self.compute_dtype,
             "checkpoint_id": self.checkpoint_id,
             "accept": list(self.accept),
+            **({"settings": _plain(dict(self.settings))} if self.settings else {}),
         }
 
 
@@ -88,9 +90,10 @@ def certify(
     place: str | os.PathLike[str] | None = None,
 ) -> Certified:
     """Verify `out` against `source`, and state what was shown. Only a verification that passes has a
-    certificate. `place` is the file that is to hold it, which is no part of the output even if it lies there.
-    Raises as `verify` does."""
+    certificate, in which `settings` stand beside those of the request. `place` is the file that is to hold
+    it, which is no part of the output even if it lies there. Raises as `verify` does."""
     request = request or Request()
+    request = replace(request, settings={**request.settings, **(settings or {})})
     tell = progress or (lambda text: None)
     _folder(out)
     made: list[Certified] = []
@@ -110,7 +113,7 @@ def certify(
         compute_dtype=request.compute_dtype,
         checkpoint_id=request.checkpoint_id,
         accept=request.accept,
-        settings=settings,
+        settings=request.settings,
         device=device,
         progress=progress,
         then=state,

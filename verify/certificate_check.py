@@ -72,7 +72,9 @@ def check(
 ) -> Checked:
     """Check the certificate of the folder `out`, which lies in it or in `file`. `key` is the public key that
     it must be signed with; `spot` tensors (chosen by `seed` where one is given) or all (`full`) are made
-    again from `source`. Raises `CkptToolError` for what cannot be read."""
+    again from `source`, with the facts that the certificate has as given where the source does not tell
+    them; where it says otherwise, `settings` must give them again. Raises `CkptToolError` for what cannot be
+    read."""
     if (spot is not None or full) != (source is not None):
         words = "--spot K or --full" if source is not None else "--source PATH"
         fail("usage", f"expected {words} too, found none", where="--source")
@@ -293,6 +295,9 @@ def _verdict_facts(report: Checked, predicate: Mapping[str, Any]) -> None:
     said = predicate["verification"]
     exactness = f" ({said['exactness']})" if said.get("exactness") else ""
     report.facts["it says"] = f"{said.get('verdict')}{exactness}: {said.get('headline')}"
+    if given := said["asked"].get("settings"):
+        report.facts["given"] = ", ".join(f"{shown(k)} = {_short(v)}" for k, v in given.items())
+        report.depth.append(f"facts were given with --set: {', '.join(map(shown, given))}")
     rate = said.get("planted_mistakes")
     if isinstance(rate, dict):
         report.facts["mistakes"] = f"{rate.get('caught')} of {rate.get('planted')} planted were caught"
@@ -308,7 +313,7 @@ def _spot(
 ) -> Iterator[Finding]:  # fmt: skip
     predicate = statement["predicate"]
     said = {s["name"]: s["digest"]["sha256"] for s in statement["subject"]}
-    with opened(out, source, settings) as subject:
+    with opened(out, source, {**_given(statement), **(settings or {})}) as subject:
         if subject.plan is None or subject.source is None:
             text = subject.problems[0].message if subject.problems else "no plan"
             yield _finding("source", "plan", "fail", f"the source cannot be planned: {text}")
@@ -317,12 +322,33 @@ def _spot(
             words = f"expected a source that gives the plan {predicate['plan']['sha256'][:16]}…, found"
             yield _finding("source", "plan", "fail", f"{words} another plan {subject.plan.digest()[:16]}…")
             return
+        if insisted := _insisted(subject.recorded.insisted, settings):
+            yield from insisted
+            return
         yield _finding("source", "plan", "pass", "the source's headers give the plan of the certificate")
         origin = _origin(predicate, made.repository(os.fspath(source), subject))
         yield from origin
         yield from _documents(subject.plan, said)
         yield from _made_again(subject, entries, spot, seed, report, tell)
         report.depth += [f.message for f in origin if f.status == "note"]
+        if subject.carried is not None:
+            words = "the states of its optimizer were not made again: only --full compares them"
+            report.depth.append(words)
+            yield _finding("source", "optimizer", "note", words)
+
+
+def _given(statement: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts that the verification was given with --set."""
+    return dict(statement["predicate"]["verification"]["asked"].get("settings", {}))
+
+
+def _insisted(names: Iterable[str], settings: Mapping[str, Any] | None) -> list[Finding]:
+    """A failure for each fact that the certificate has against what the source says, and nobody gives now."""
+    return [
+        _finding("source", "settings", "fail", "the source says otherwise: --set says that it is right", name)
+        for name in names
+        if name not in (settings or {})
+    ]
 
 
 def _made_again(
@@ -395,7 +421,13 @@ def _full(
     if again.statement is None:
         yield _finding("again", "verification", "fail", f"it does not pass now: {again.report.headline}")
         return
+    said = (str(f.data["insisted"]) for f in again.report.findings if "insisted" in f.data)
+    if insisted := _insisted([name for text in said for name in text.split(", ")], settings):
+        yield from insisted
+        return
     found = json.loads(made.as_bytes(again.statement))
+    if not _given(statement):  # one that was made before certificates held them
+        found["predicate"]["verification"]["asked"].pop("settings", None)
     origin = _origin(statement["predicate"], found["predicate"]["source"]["repository"])
     yield from origin
     if origin:
@@ -485,6 +517,7 @@ def _request(statement: Mapping[str, Any]) -> made.Request:
         compute_dtype=asked["compute_dtype"],
         checkpoint_id=asked.get("checkpoint_id"),
         accept=tuple(asked["accept"]),
+        settings=_given(statement),
     )
 
 

@@ -29,6 +29,7 @@ VERIFICATION: Form = {
         "compute_dtype": str,
         "checkpoint_id": (str,),
         "accept": [str],
+        "?settings": dict,
     },
     "verdict": str,
     "headline": str,

@@ -31,11 +31,12 @@ PROOFS = {
     ("parity", "lockstep"): "the numbers",
     ("transformers", "logits"): "what transformers computes of it",
     ("training", "step"): "the changes of one training step on these prompts",
-    ("generation", "greedy"): "the tokens that it goes on with",
+    ("generation", "greedy"): "the tokens that it goes on with from these prompts",
     ("onnx", "outputs"): "the numbers that onnxruntime gives",
 }
 NOT_COMPARED = "not compared with a source"
 AS_SOURCE = "as the source has it"  # in the data of a fault that was there before
+CAST_FIRST = "cast_first"  # in the data of what says that the source was cast before it was compared
 OF_MANIFEST = ("coverage", "bits")  # the levels that compare with the manifest, where there is no source
 WITHOUT_COPIES = "identical without copies"  # that the way back was asked to leave out unseen
 CLASSES = (
@@ -193,7 +194,7 @@ def _proved(findings: Sequence[Finding]) -> str:
         text += f" once it is dequantised by the recipe {recipe}"
     elif (wider := next((f.data["wider"] for f in findings if "wider" in f.data), None)) is not None:
         text += f" once they are cast ({wider}), which keeps every value"
-    elif exactness(findings) == "identical after cast":
+    elif exactness(findings) == "identical after cast" or any(f.data.get(CAST_FIRST) for f in findings):
         text += " once it is cast or pooled as recorded or accepted"
     if exactness(findings) == WITHOUT_COPIES:
         text += ", but for the copies that were left out and compared with nothing"
@@ -204,11 +205,14 @@ def _proved(findings: Sequence[Finding]) -> str:
     for f in findings:
         if (f.level, f.check, f.status) == ("parity", "equivalence", "pass"):
             text += _equivalent(f.data.get("upper"), f.data.get("margin"))
-        if f.level == "parity" and (part := f.data.get("part")):
+        of_numbers = f.level == "parity" or (f.level == "training" and ("parity", "lockstep") not in passed)
+        if of_numbers and (part := f.data.get("part")):
             by_bits = ("bits", "round trip") in passed
             text += f"; {part} {'by its bits alone' if by_bits else 'was not compared'}"
         if f.data.get("by_results"):  # of a graph, in which weights may be folded
             text += f"; {f.data['by_results']} are not in it as they are, and judged by these prompts alone"
+        if f.data.get("aside"):
+            text += f"; {f.data['aside']}"
         if f.data.get("insisted"):
             text += f"; {f.data['insisted']} as given with --set, against what its files say"
         if f.data.get("trusted"):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, TensorInfo
 from ckpt_tool.checkpoint.tensor_names import layer_of
 from ckpt_tool.checkpoint.weight_sets import is_template
 from ckpt_tool.convert import canonical
-from ckpt_tool.convert.facts import Reading, class_of, differences, read, shown
+from ckpt_tool.convert.facts import Reading, class_of, classes, differences, read, shown
 from ckpt_tool.convert.facts_classes import PACKED
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.families import family as family_called
@@ -38,6 +39,7 @@ from ckpt_tool.verify.comparing_stored import (
     beside,
     check_matched,
     documents,
+    states,
     unread,
     unrecognised,
 )
@@ -147,6 +149,7 @@ def compare(
                 report.same = "identical after cast"
             report.findings += [*_config(one, other, bool(codes)), *_generation(one, other)]
             report.findings += [*_tokenizer(one, other), *_tokenizer_config(one, other), *_beside(one, other)]
+            report.findings += states(one, other)
             differs = any(f.status == "fail" and f.level in ("tensors", "config") for f in report.findings)
             cast = report.same == "identical after cast"
             if logits or (logits is None and (differs or cast)):
@@ -346,6 +349,7 @@ def _config(one: Shown, other: Shown, codes: bool) -> Iterator[Finding]:
             a, b = (shown(s.unknown.get(key, "nothing")) for s in (here, there))
             text = f"{key} has {a} in A and {b} in B, which is not known here"
             found.append(finding("config", "config", "skipped", text, key, data={"open": True}))
+    found += _of_training(kind, one.config, other.config)
     yield from found
     if not any(f.status == "fail" for f in found):
         text = f"all {len(here.numbers)} values that change the numbers mean the same"
@@ -384,6 +388,15 @@ def _stamps(one: Shown, other: Shown, here: Reading, there: Reading) -> Iterator
     yield finding("config", "config", "note", text, "torch_dtype", data=data)
 
 
+def _of_training(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Finding]:
+    """Values that act where the model is trained, and nowhere else."""
+    data = {"said": "values for training alone are others, which are noted"}
+    for key, usual in classes()[kind].trained.items():
+        x, y = (s[key] if s.get(key) is not None else usual for s in (a, b))
+        if x != y:
+            yield finding("config", "config", "note", f"{shown(x)} in A, {shown(y)} in B", key, data=data)
+
+
 def _acting(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys that no forward pass reads and that act all the same (`meanings.acts`)."""
     for key in sorted(a.keys() | b.keys()):
@@ -400,12 +413,17 @@ def _generation(one: Shown, other: Shown) -> Iterator[Finding]:
     data = {"said": "config.json says other sampling values, which are noted"}
     for key, text in generation.differences(*inside):
         yield finding("config", "generation config", "note", text, f"config.json: {key}", data=data)
-    if GENERATION not in one.documents or GENERATION not in other.documents:
+    there = [GENERATION in s.documents for s in (one, other)]
+    if not all(there):
+        if any(there):
+            data = {"said": f"{GENERATION} is in {'AB'[there.index(True)]} alone"}
+            yield finding("config", "generation config", "note", data["said"], data=data)
         return
     a, b = (parse_object(s.documents[GENERATION](), file=GENERATION) for s in (one, other))
     found = list(generation.differences(a, b))
+    data = {"said": f"{GENERATION} says other things, which are noted"}
     for key, text in found:
-        yield finding("config", "generation config", "note", text, f"{GENERATION}: {key}")
+        yield finding("config", "generation config", "note", text, f"{GENERATION}: {key}", data=data)
     if not found:
         yield finding("config", "generation config", "pass", "generation begins, samples and ends the same")
 
@@ -489,8 +507,15 @@ def _taken(side: Shown) -> set[str]:
 
 
 def _beside(one: Shown, other: Shown) -> Iterator[Finding]:
-    """Files of one folder alone that loaders take with the model: adapters, code, other weights."""
+    """Files of one folder alone that loaders take with the model (adapters, code, other weights), or that are
+    others in the second."""
     a, b = (_taken(side) for side in (one, other))
+    for name in sorted(a & b):
+        if not cmp(one.checkpoint.path / name, other.checkpoint.path / name, shallow=False):
+            data = {"said": "files that loaders take with the model are others, which are noted"}
+            yield finding(
+                "tensors", "beside", "note", f"another file in B: {taken_for(name)}", name, data=data
+            )
     for label, own, others in (("A", a, b), ("B", b, a)):
         for name in sorted(own - others):
             text = f"{label} alone has {name}: {taken_for(name)}"

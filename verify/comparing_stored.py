@@ -52,9 +52,20 @@ def beside(one: Shown, other: Shown) -> Iterator[Finding]:
         for left in side.checkpoint.left_out:
             reasons.setdefault(left.reason, []).append(left.tensor.name)
         for reason, names in reasons.items():
-            text = f"not compared: {_some(names)} of {label}, left out ({reason})"
-            data = {"count": len(names), "tensors": names[:100]}
-            yield Finding("tensors", LEFT_OUT, "skipped", text, data=data)
+            yield _left_out(label, reason, names)
+
+
+def states(one: Shown, other: Shown) -> Iterator[Finding]:
+    """What a run of training left beside the model, of which alone a family's reading speaks."""
+    for label, side in (("A", one), ("B", other)):
+        if side.states:
+            yield _left_out(label, "states of a training run", list(side.states))
+
+
+def _left_out(label: str, reason: str, names: list[str]) -> Finding:
+    text = f"not compared: {_some(names)} of {label}, left out ({reason})"
+    data = {"count": len(names), "tensors": names[:100]}
+    return Finding("tensors", LEFT_OUT, "skipped", text, data=data)
 
 
 def documents(one: Shown, other: Shown) -> Iterator[Finding]:

@@ -12,6 +12,8 @@ from ckpt_tool.errors import printable
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
 
+ASIDE = "the adapter beside the source's weights was left aside"
+ADAPTER = "the adapter beside the weights"  # how opening says it
 LEVEL, CHECK = "coverage", "manifest"
 SHOWN = 8
 
@@ -36,6 +38,22 @@ def insisted(subject: Subject) -> list[Finding]:
     text = f"given with --set, against what the source says: {'; '.join([*found.values()][:SHOWN])}"
     data = {"insisted": ", ".join([*found][:SHOWN])}
     return [Finding(LEVEL, "settings", "note", text, data=data)]
+
+
+def left_aside(subject: Subject) -> list[Finding]:
+    """What lies beside the source's weights and loaders put on top of them: the verdict is of these alone."""
+    notes = () if subject.source is None else subject.source.notes
+    return [
+        Finding(
+            LEVEL,
+            "source",
+            "note",
+            note,
+            data={"aside": ASIDE},
+        )
+        for note in notes
+        if note.startswith(ADAPTER)
+    ]
 
 
 def _finding(status: Status, message: str, where: str | None = None) -> Finding:

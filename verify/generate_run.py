@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 import torch
 
+from ckpt_tool.checkpoint.strict_json import parse_object
 from ckpt_tool.errors import fail
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate import Generated, generate
@@ -35,7 +36,7 @@ SHARE = 0.4  # of the free memory, which weights may take to stay there between 
 class Request:
     """Rows of token ids with a mask, or without; options by the library's names; whose rules; the seed of the
     draws; whether what was computed of earlier tokens is kept; whether the model's generation_config.json
-    counts where nothing is asked for."""
+    counts where nothing is asked for, and what it says where that is not what lies beside the weights."""
 
     rows: Sequence[Sequence[int]]
     mask: Sequence[Sequence[int]] | None = None
@@ -44,6 +45,7 @@ class Request:
     seed: int | None = None
     cache: bool = True
     of_model: bool = True
+    said: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,31 @@ def chosen_options(subject: Subject, request: Request) -> Options:
     own, asked = None, request.asked
     if not request.of_model:
         return options(asked, {}, request.rules)
+    if request.said is not None:
+        return options(asked, request.said, request.rules)
     if subject.hf is not None and "generation_config.json" in subject.hf.documents:
         own = subject.hf.json("generation_config.json")
     return options(asked, of_model(own, subject.config, asked), request.rules)
+
+
+def said_by_source(subject: Subject) -> Mapping[str, Any] | None:
+    """What the source's files say of how to generate, as its conversion would have it; None where what lies
+    beside the weights is the source's own."""
+    if subject.direction != "to-hf" or subject.plan is None:
+        return None
+    for document in subject.plan.documents:
+        if document.name == "generation_config.json":
+            return parse_object(document.content, file=document.name)
+    return of_model(None, {k: v.value for k, v in subject.plan.config.items()}, {"eos_token_id": None})
+
+
+def options_apart(one: Options, other: Options) -> list[str]:
+    """The options that are others, with the values of both."""
+    return [
+        f"{f.name} {a} and {b}"
+        for f in fields(Options)
+        if (a := getattr(one, f.name)) != (b := getattr(other, f.name))
+    ]
 
 
 def _longest(config: Mapping[str, Any]) -> int | None:
@@ -161,14 +185,16 @@ class Apart:
 
     worst: float
     first: str | None = None
-    tie: bool = False  # the scores of all that both read before are nearer to each other than the bar
+    tie: bool = (
+        False  # by the same options, with scores of all that both read nearer to each other than the bar
+    )
 
 
 def compared(one: Made, other: Made, bar: float) -> Apart:
     a, b = one.generated, other.generated
     text = _difference(one, other)
     if text is not None:
-        return Apart(math.inf, text, _parted(a, b, bar))
+        return Apart(math.inf, text, one.options == other.options and _parted(a, b, bar))
     pairs = [*zip(a.transition_scores, b.transition_scores, strict=True)]
     if a.sequences_scores is not None and b.sequences_scores is not None:
         pairs.append((a.sequences_scores, b.sequences_scores))
@@ -181,6 +207,8 @@ def _distance(x: float, y: float) -> float:
 
 def _difference(one: Made, other: Made) -> str | None:
     a, b = one.generated, other.generated
+    if len(a.sequences) != len(b.sequences):
+        return f"{len(a.sequences)} and {len(b.sequences)} rows"
     for r, (x, y) in enumerate(zip(a.sequences, b.sequences, strict=True)):
         k = next((k for k, pair in enumerate(zip(x, y, strict=False)) if pair[0] != pair[1]), None)
         if k is not None:

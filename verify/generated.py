@@ -53,7 +53,8 @@ def generated(
         try:
             made += _mode(subject, original, converted, mode, request, dtype, device)
         except CkptToolError as error:
-            made.append(Finding(LEVEL, mode, "skipped", error.problems[0].message))
+            why = error.problems[0].message
+            made.append(Finding(LEVEL, mode, "skipped", why, data={"open": True}))
     return made
 
 

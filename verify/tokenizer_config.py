@@ -20,10 +20,12 @@ INFILLING = {
     "eot_token": "▁<EOT>",
     "fill_token": "<FILL_ME>",
 }
+LIMIT = "model_max_length"
 NO_LIMIT = 1e29  # transformers writes int(1e30) for a tokenizer that knows none
 CODE = ("auto_map", "custom_pipelines")
 # The class that reads the file as it stands, under its names of transformers 4 and 5.
 GENERIC = frozenset(("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"))
+_OF_BERT = {f"{role}_token": (f"[{role.upper()}]",) for role in ("unk", "sep", "pad", "cls", "mask")}
 # A role that a class fills in by itself where the files give it none (defaults of its constructor).
 FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Qwen2Tokenizer": {"unk_token": ("<|endoftext|>",), "pad_token": ("<|endoftext|>",)},
@@ -32,6 +34,7 @@ FILLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "GPTNeoXTokenizer": {role: ("<|endoftext|>",) for role in ("bos_token", "eos_token", "unk_token")},
     "LlamaTokenizer": {"bos_token": ("<s>",), "eos_token": ("</s>",), "unk_token": ("<unk>",)},
     "GemmaTokenizer": {"mask_token": ("<mask>",)},
+    **dict.fromkeys(("BertTokenizer", "MobileBertTokenizer"), _OF_BERT),
 }
 # Classes that pad before a text where the file does not say on which side (`padding_side` of the class).
 PADS_LEFT = frozenset(("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"))
@@ -94,11 +97,10 @@ def differences(
         wanted = bool(expected[key]) if expected.get(key) is not None else wanted
         if found.get(key) is not None and bool(found[key]) != wanted:
             yield Difference(key, f"expected {shown(wanted)}, found {shown(found[key])}")
-    # `max_len` is its old name, which is read where the other is absent
-    a, b = (_limit(side.get("model_max_length", side.get("max_len"))) for side in (expected, found))
+    a, b = limit(expected), limit(found)
     if a != b:
         words = ["no limit" if x is None else str(x) for x in (a, b)]
-        yield Difference("model_max_length", f"expected {words[0]}, found {words[1]}")
+        yield Difference(LIMIT, f"expected {words[0]}, found {words[1]}")
     yield from _inputs(expected, found)
     yield from _clean_up(expected, found)
     for key in DEFAULTS:
@@ -177,7 +179,10 @@ def _plain(value: Any) -> Any:
     return value["content"] if isinstance(value, Mapping) and "content" in value else value
 
 
-def _limit(value: Any) -> Any:
+def limit(document: Mapping[str, Any]) -> Any:
+    """The tokens that a text may have, None where the file says no number. `max_len` is the old name, which
+    is read where the other is absent."""
+    value = document.get(LIMIT, document.get("max_len"))
     return None if value is None or (isinstance(value, int | float) and value >= NO_LIMIT) else value
 
 

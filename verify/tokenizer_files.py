@@ -18,7 +18,9 @@ from ckpt_tool.verify.subject import Subject
 from ckpt_tool.verify.tokenizer_config import (
     FILLED,
     GENERIC,
+    LIMIT,
     differences,
+    limit,
     listed,
     old_words,
     plain_class,
@@ -404,9 +406,7 @@ def _configs(
     # with a table of added tokens in the config, transformers 4 does not read the map
     alone = "added_tokens_decoder" in found.get(CONFIG, {})
     said = roles(found.get(CONFIG, {}), {} if alone else found.get(MAP, {}))
-    for role, token in wanted.items():
-        if role not in said and token is not None:
-            result.fail(f"{CONFIG}: {role}", f"expected {shown(token)}, found none")
+    _lost({r: t for r, t in wanted.items() if r not in said and t is not None}, subject, found, result)
     known = {} if ids is None else dict(ids.added)
     table = expected.get(CONFIG, {}).get("added_tokens_decoder")
     if isinstance(table, dict):
@@ -434,6 +434,24 @@ def _old(expected: Mapping[str, Mapping[str, Any]], found: Mapping[str, Mapping[
     """Keys of the tokenizer's config that act in one class of an old release alone."""
     differ = old_words(expected.get(CONFIG, {}), found.get(CONFIG, {}))
     return [finding("note", d.message, f"{CONFIG}: {d.where}") for d in differ]
+
+
+def _lost(
+    roles: Mapping[str, str], subject: Subject, found: Mapping[str, Mapping[str, Any]], result: _Result
+) -> None:
+    """Roles that no file gives, and that the class does not fill in by itself."""
+    filled = FILLED.get(_taken_class(subject, found), {})
+    for role, token in roles.items():
+        if token not in filled.get(role, ()):
+            result.fail(f"{CONFIG}: {role}", f"expected {shown(token)}, found none")
+
+
+def _taken_class(subject: Subject, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The class that loaders take: the one that the files name, else that of the model's type; "" where it
+    is not known here."""
+    named = found.get(CONFIG, {}).get(CLASS) or subject.config.get(CLASS)
+    kind = class_of(subject.config)
+    return plain_class(named or (None if kind is None else classes()[kind].tokenizer))
 
 
 def _with_class(
@@ -470,10 +488,13 @@ def _with_class(
 
 
 def _left_open(d: Difference, subject: Subject, found: Mapping[str, Any], result: _Result) -> bool:
-    """Whether the difference is the side of padding, which neither the output's file says nor any of the
-    original's: then each release of the library has its own, which a note tells."""
+    """Whether the difference is the side of padding or the limit, which neither the output's file says nor
+    any of the original's: then each release of the library has its own side, and no limit, which a note
+    tells."""
     documents = {} if subject.source is None else subject.source.documents
-    if d.where != "padding_side" or d.where in found or CONFIG in documents:
+    key = d.where
+    said = key in found if key == "padding_side" else limit(found) is not None
+    if key not in ("padding_side", LIMIT) or said or CONFIG in documents:
         return False
     text = f"not said, nor by the original, so the library's class decides ({d.message})"
     result.notes.append(finding("note", text, f"{CONFIG}: {d.where}"))

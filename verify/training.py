@@ -346,7 +346,7 @@ def _compared(
     made = [*_gradient_findings(wanted, each, _twins(after.converted, each), exact.loss, what, packed)]
     made += training_groups.findings(rows)
     made += after.findings()
-    made += training_groups.dropouts(subject)
+    made += [*training_groups.dropouts(subject), *_unread(after.converted)]
     if against is not None:
         tell("training: gradients of transformers")
         made += _of_library(subject, original, converted, batches, task, rows, wanted)
@@ -354,6 +354,18 @@ def _compared(
         tell("training: planting mistakes")
         made.append(_planted(converted, rows, batches, task, wanted, rough, after, subject))
     return made
+
+
+def _unread(converted: Side) -> list[Finding]:
+    """The tensors that no prompt reached: of what they learn nothing is known."""
+    (weights,) = converted.weights
+    unread = [n for n in weights if n not in weights.used]
+    if not unread:
+        return []
+    count = f"{len(unread)} of {len(weights)} tensors"
+    text = f"{count} were not read by any prompt (experts never chosen, or unused)"
+    data = {"tensors": unread[:100], "part": f"what no prompt reached ({count})"}
+    return [Finding(LEVEL, "unseen", "note", text, ", ".join(unread[:3]), data=data)]
 
 
 def _strongest(wanted: Wanted, each: Sequence[Apart]) -> str | None:

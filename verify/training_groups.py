@@ -48,7 +48,8 @@ def arguments_of(source: Checkpoint) -> dict[str, Any]:
 
 
 def dropouts(subject: Subject) -> list[Finding]:
-    """Whether config.json, as its class reads it, has the rates that the plan gives."""
+    """Whether config.json, as its class reads it, has the rates that the plan gives, and what else acts in
+    training alone."""
     wanted = _wanted(subject)
     if not wanted:
         return [Finding(LEVEL, "dropout", "skipped", "nothing is known of the dropout of this class")]
@@ -73,11 +74,11 @@ def _of_run(subject: Subject, found: Mapping[str, Any]) -> Iterator[Finding]:
 def _wrong(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[Finding]:
     """A finding for each rate of `config` that is not the one `wanted`."""
     return [
-        Finding(LEVEL, "dropout", "fail", f"expected {wanted[key]}, found {_in_words(config, key)}",
-                f"config.json: {key}")
+        Finding(LEVEL, _check_of(config, key), "fail", text, f"config.json: {key}")
         for key in sorted(wanted)
         if not _equal(_said(config, key), wanted[key])
-    ]  # fmt: skip
+        for text in (f"expected {wanted[key]}, found {_in_words(config, key)}",)
+    ]
 
 
 def planted_dropout(subject: Subject) -> tuple[str, str, list[str]] | None:
@@ -100,7 +101,7 @@ def planted_dropout(subject: Subject) -> tuple[str, str, list[str]] | None:
 def _wanted(subject: Subject) -> dict[str, Any]:
     """The rates of the plan, else those that the class takes where its document says none."""
     kind = class_of(subject.config)
-    usual = {} if kind is None else dict(classes()[kind].dropouts)
+    usual = {} if kind is None else classes()[kind].trained
     plan = subject.plan
     if plan is None or subject.direction != "to-hf":
         return {key: _said(subject.config, key) for key in usual}
@@ -110,7 +111,12 @@ def _wanted(subject: Subject) -> dict[str, Any]:
 def _said(config: Mapping[str, Any], key: str) -> Any:
     """A rate as the class of `config` reads it."""
     kind = class_of(config)
-    return config.get(key, None if kind is None else classes()[kind].dropouts.get(key))
+    return config.get(key, None if kind is None else classes()[kind].trained.get(key))
+
+
+def _check_of(config: Mapping[str, Any], key: str) -> str:
+    kind = class_of(config)
+    return "router" if kind is not None and key in classes()[kind].routing else "dropout"
 
 
 def _in_words(config: Mapping[str, Any], key: str) -> str:

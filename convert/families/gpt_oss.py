@@ -122,6 +122,7 @@ CLASS = Class(
     },
     windows="alternate",
     heads=without(DECODER_HEADS, "ForQuestionAnswering"),
+    routing={"output_router_logits": False},
 )
 SAME = ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "num_attention_heads")
 PACKING = {

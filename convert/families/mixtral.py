@@ -111,6 +111,7 @@ CLASS = like_llama(
     context=131072,
     aliases={"num_local_experts": ("num_experts",)},
     tokenizer="LlamaTokenizer",
+    routing={"output_router_logits": False, "router_jitter_noise": 0.0},
 )
 CORE = megatron_core.Core(
     family="mixtral",
