@@ -71,6 +71,7 @@ class CkptToolError(Exception):
     def __init__(self, *problems: Problem, exit_code: int = 2) -> None:
         if not problems:
             raise ValueError("an error needs at least one problem")
+        problems = tuple(p if p.hint is not None else replace(p, hint=HINTS.get(p.kind)) for p in problems)
         lines = [p.line() for p in problems[:KEPT_PROBLEMS]]
         if left := len(problems) - len(lines):
             lines.append(f"(+{left} more problems)")
@@ -83,9 +84,13 @@ class CkptToolError(Exception):
         return self.problems[0].kind
 
     def text(self) -> str:
-        """The first problems, one a line, those of several layers as one, then a count of the rest."""
+        """The first problems, one a line, those of several layers as one, then a count of the rest. A hint
+        that several in a row share stands below the last of them."""
         groups = list(_by_layers(self.problems))
-        lines = [folded.line() for folded, _ in groups[:SHOWN_PROBLEMS]]
+        shown = [folded for folded, _ in groups[:SHOWN_PROBLEMS]]
+        following = (*(p.hint for p in shown[1:]), None)
+        once = (replace(p, hint=None) if p.hint == n else p for p, n in zip(shown, following, strict=True))
+        lines = [p.line() for p in once]
         if left := sum(count for _, count in groups[SHOWN_PROBLEMS:]):
             lines.append(f"(+{left} more problems)")
         return "\n".join(lines)
@@ -126,6 +131,8 @@ HINTS = {
         ("bad-zip", "bad-tar", "bad-safetensors", "bad-bundle", "bad-pickle", "missing-record", "checksum"),
         "a download, a copy or a save went wrong: get the file again",
     ),
+    "missing-tensor": "get the rest of the model, or save all of it again",
+    "bad-tokenizer": "get the tokenizer's files again, as they were published, or give others by --tokenizer",
     "read-failed": "look at the rights of the file, the disk and the network, then run this again",
     "unsupported-byteorder": "load it and save it again on a machine with little-endian numbers",
     "input-changed": "nothing else may write to the input while it is read",
@@ -142,7 +149,7 @@ def fail(
             message,
             None if file is None else str(file),
             None if where is None else str(where),
-            HINTS.get(kind) if hint is None else hint,
+            hint,
         )
     )
 
