@@ -5,6 +5,7 @@ Every module of the project may import this one; it imports nothing of the proje
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,6 +160,22 @@ def fail_all(problems: Iterable[Problem]) -> None:
     found = tuple(problems)
     if found:
         raise CkptToolError(*found)
+
+
+def fail_unread(error: OSError, path: str | os.PathLike[str], where: str | None = None) -> NoReturn:
+    """Raise the error for a file given by its `path` that could not be read. Kinds: `not-found`,
+    `wrong-format` (a folder), `read-failed`."""
+    text = os.fspath(path)
+    if isinstance(error, IsADirectoryError):
+        fail("wrong-format", "expected a file, found a folder", file=text, where=where)
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        fail("read-failed", f"cannot be read: {error.strerror}", file=text, where=where)
+    folder, name = os.path.split(text)
+    try:
+        beside = os.listdir(folder or ".")[:2000]
+    except OSError:
+        beside = []
+    fail("not-found", "expected a file, found none", file=text, where=where, hint=near(name, beside))
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

@@ -510,3 +510,37 @@ def test_a_dtype_may_be_called_as_trainers_call_it() -> None:
     from ckpt_tool.convert.plan import dtype_option
 
     assert [dtype_option(t) for t in ("fp16", "FP32", "bf16", "f16")] == ["F16", "F32", "BF16", "F16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        ("gate {}", ""),
+        ("gate there.toml --baseline {}", "--baseline: "),
+        ("convert auto --in {in} --out out --config {}", "--config: "),
+        ("verify {in} --no-source --expectations {}", "--expectations: "),
+        ("verify {in} --no-source --prompts {}", ""),
+        ("generate {in} --prompts {}", "--prompts: "),
+        ("certificate {in} --source {in} --sign {}", "--sign: "),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_with_what_is_near(
+    arguments: str, where: str, conversions: Written, tmp_path: Path
+) -> None:
+    (tmp_path / "values.json").write_text("{}")
+    gate = '[[check]]\nname = "a"\nout = "b"\nno_source = true\n'
+    (tmp_path / "there.toml").write_text(gate)
+    folder = str(conversions("llama-3-8b"))
+    for name, found, kind in (
+        ("valeus.json", "expected a file, found none hint: did you mean values.json?", "not-found"),
+        (".", "expected a file, found a folder", "wrong-format"),
+    ):
+        told = said(arguments.replace("{in}", folder).format(name), tmp_path, 2)
+        assert told == f"error[{kind}]: {name}: {where}{found}"
+
+
+def test_a_report_for_which_there_is_no_folder_says_how_to_make_it(
+    conversions: Written, tmp_path: Path
+) -> None:
+    told = said(f"verify {conversions('llama-3-8b')} --no-source --html 'a b/x.html'", tmp_path, 2)
+    assert told.endswith(f"found none hint: mkdir -p '{tmp_path}/a b'")
