@@ -103,6 +103,10 @@ def run(arguments: list[str]) -> int:
         with loading():
             from ckpt_tool.cli import cli
 
+            if "_CKPT_TOOL_COMPLETE" in os.environ:
+                from ckpt_tool.completion import prepare
+
+                prepare(cli)
         return int(cli.main(arguments, prog_name="ckpt-tool", standalone_mode=False) or 0)
     except BaseException as error:
         return ended(error, arguments)

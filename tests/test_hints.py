@@ -6,8 +6,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -544,3 +547,19 @@ def test_a_report_for_which_there_is_no_folder_says_how_to_make_it(
 ) -> None:
     told = said(f"verify {conversions('llama-3-8b')} --no-source --html 'a b/x.html'", tmp_path, 2)
     assert told.endswith(f"found none hint: mkdir -p '{tmp_path}/a b'")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("convert mi", ["plain,ministral3", "plain,mistral", "plain,mixtral"]),
+        ("convert auto --in D", ["file,D"]),
+        ("export onnx D", ["file,D"]),
+    ],
+)
+def test_a_shell_is_told_what_may_follow(words: str, offered: list[str]) -> None:
+    asked = {"COMP_WORDS": f"ckpt-tool {words}", "COMP_CWORD": str(len(words.split()))}
+    command = [sys.executable, "-m", "ckpt_tool"]
+    environment = {**os.environ, **asked, "_CKPT_TOOL_COMPLETE": "bash_complete"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, offered), done.stderr
