@@ -135,6 +135,7 @@ HINTS = {
     "missing-tensor": "get the rest of the model, or save all of it again",
     "bad-tokenizer": "get the tokenizer's files again, as they were published, or give others by --tokenizer",
     "read-failed": "look at the rights of the file, the disk and the network, then run this again",
+    "download-failed": "check the name and the network, then run this again",
     "unsupported-byteorder": "load it and save it again on a machine with little-endian numbers",
     "input-changed": "nothing else may write to the input while it is read",
 }

@@ -450,6 +450,20 @@ def test_a_number_that_fits_no_tensor_is_told_by_the_one_that_does(originals: Wr
     )
 
 
+def test_what_args_of_megatron_cannot_say_is_named_with_a_way_out(conversions: Written) -> None:
+    folder = conversions("mistral-7b-v0.1")
+    options = Options(family_options={"form": "torch_dist"})
+    window = json.loads((folder / "config.json").read_text())["sliding_window"]
+    with pytest.raises(CkptToolError) as error:
+        api.plan(folder, to="original", options=options)
+    (problem,) = error.value.problems
+    assert (problem.kind, problem.where) == ("unsupported", "sliding_window")
+    assert problem.message == f"expected none, as args have no word for it, found {window}"
+    assert str(problem.hint).startswith("--set sliding_window=null leaves it out")
+    options = replace(options, settings={"sliding_window": None})
+    assert api.plan(folder, to="original", options=options).direction == "to-original"
+
+
 def test_a_hint_that_several_problems_share_stands_once() -> None:
     one, two = (Problem("bad-name", f"m{k}", "f", None, "h") for k in (1, 2))
     three, four = Problem("bad-name", "m3", "f"), replace(one, message="m4")
