@@ -13,10 +13,8 @@ PATHS = re.compile(r"PATH|DIR|FILE(\.\w+)?|PARITY\.TOML|[AB]")  # how the help c
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-class Words(click.ParamType):
+class Words(click.types.StringParamType):
     """A text that is one of some words as a rule, or with none a path."""
-
-    name = "text"
 
     def __init__(self, *words: str) -> None:
         self.words = words
