@@ -50,7 +50,7 @@ from ckpt_tool.convert.recognising import (
     with_config,
 )
 from ckpt_tool.convert.shares import Worker
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, printable
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, fail_unread, printable
 from ckpt_tool.records import dataclass
 
 if TYPE_CHECKING:
@@ -544,7 +544,7 @@ def settings(pairs: Iterable[str], file: Source | None = None) -> Mapping[str, A
         try:
             data = Path(file).read_bytes()
         except OSError as error:
-            fail("read-failed", f"cannot be read: {error.strerror}", file=file)
+            fail_unread(error, file, "--config")
         document = parse_object(data, file=Path(file).name)
     found: dict[str, Any] = {}
     problems = []

@@ -5,6 +5,7 @@ Every module of the project may import this one; it imports nothing of the proje
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,6 +72,7 @@ class CkptToolError(Exception):
     def __init__(self, *problems: Problem, exit_code: int = 2) -> None:
         if not problems:
             raise ValueError("an error needs at least one problem")
+        problems = tuple(p if p.hint is not None else replace(p, hint=HINTS.get(p.kind)) for p in problems)
         lines = [p.line() for p in problems[:KEPT_PROBLEMS]]
         if left := len(problems) - len(lines):
             lines.append(f"(+{left} more problems)")
@@ -83,9 +85,13 @@ class CkptToolError(Exception):
         return self.problems[0].kind
 
     def text(self) -> str:
-        """The first problems, one a line, those of several layers as one, then a count of the rest."""
+        """The first problems, one a line, those of several layers as one, then a count of the rest. A hint
+        that several in a row share stands below the last of them."""
         groups = list(_by_layers(self.problems))
-        lines = [folded.line() for folded, _ in groups[:SHOWN_PROBLEMS]]
+        shown = [folded for folded, _ in groups[:SHOWN_PROBLEMS]]
+        following = (*(p.hint for p in shown[1:]), None)
+        once = (replace(p, hint=None) if p.hint == n else p for p, n in zip(shown, following, strict=True))
+        lines = [p.line() for p in once]
         if left := sum(count for _, count in groups[SHOWN_PROBLEMS:]):
             lines.append(f"(+{left} more problems)")
         return "\n".join(lines)
@@ -126,7 +132,10 @@ HINTS = {
         ("bad-zip", "bad-tar", "bad-safetensors", "bad-bundle", "bad-pickle", "missing-record", "checksum"),
         "a download, a copy or a save went wrong: get the file again",
     ),
+    "missing-tensor": "get the rest of the model, or save all of it again",
+    "bad-tokenizer": "get the tokenizer's files again, as they were published, or give others by --tokenizer",
     "read-failed": "look at the rights of the file, the disk and the network, then run this again",
+    "download-failed": "check the name and the network, then run this again",
     "unsupported-byteorder": "load it and save it again on a machine with little-endian numbers",
     "input-changed": "nothing else may write to the input while it is read",
 }
@@ -142,7 +151,7 @@ def fail(
             message,
             None if file is None else str(file),
             None if where is None else str(where),
-            HINTS.get(kind) if hint is None else hint,
+            hint,
         )
     )
 
@@ -152,6 +161,22 @@ def fail_all(problems: Iterable[Problem]) -> None:
     found = tuple(problems)
     if found:
         raise CkptToolError(*found)
+
+
+def fail_unread(error: OSError, path: str | os.PathLike[str], where: str | None = None) -> NoReturn:
+    """Raise the error for a file given by its `path` that could not be read. Kinds: `not-found`,
+    `wrong-format` (a folder), `read-failed`."""
+    text = os.fspath(path)
+    if isinstance(error, IsADirectoryError):
+        fail("wrong-format", "expected a file, found a folder", file=text, where=where)
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        fail("read-failed", f"cannot be read: {error.strerror}", file=text, where=where)
+    folder, name = os.path.split(text)
+    try:
+        beside = os.listdir(folder or ".")[:2000]
+    except OSError:
+        beside = []
+    fail("not-found", "expected a file, found none", file=text, where=where, hint=near(name, beside))
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

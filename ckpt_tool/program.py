@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, NoReturn
 from ckpt_tool.loading import ONE_THREAD, loading
 
 if TYPE_CHECKING:
+    import click
+
     from ckpt_tool.errors import CkptToolError, Problem
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
@@ -101,6 +103,10 @@ def run(arguments: list[str]) -> int:
         with loading():
             from ckpt_tool.cli import cli
 
+            if "_CKPT_TOOL_COMPLETE" in os.environ:
+                from ckpt_tool.completion import prepare
+
+                prepare(cli)
         return int(cli.main(arguments, prog_name="ckpt-tool", standalone_mode=False) or 0)
     except BaseException as error:
         return ended(error, arguments)
@@ -320,7 +326,7 @@ def as_told(error: BaseException) -> CkptToolError:
     if click is not None and isinstance(error, click.exceptions.Abort):
         return CkptToolError(Problem("interrupted", "stopped by SIGINT"), exit_code=128 + signal.SIGINT)
     if click is not None and isinstance(error, click.ClickException):
-        return CkptToolError(Problem("usage", error.format_message()))
+        return CkptToolError(Problem("usage", error.format_message(), hint=_help_of(error)))
     if isinstance(error, MemoryError) or has_no_room(error) or _is_torch_without_memory(error):
         text = "expected enough memory for the work, found the limit reached"
         return CkptToolError(Problem("out-of-memory", text))
@@ -330,6 +336,17 @@ def as_told(error: BaseException) -> CkptToolError:
         file = None if error.filename is None else os.fsdecode(error.filename)
         return CkptToolError(Problem("system", error.strerror or str(error), file=file))
     return CkptToolError(_defect(error))
+
+
+def _help_of(error: click.ClickException) -> str | None:
+    """Where the command's words are told, unless the message has the one that was meant."""
+    context = getattr(error, "ctx", None)
+    if context is None or "did you mean" in error.format_message().lower():
+        return None
+    wanted = [p for p in context.command.params if p.required]
+    words = [p.make_metavar(context) for p in wanted if p.param_type_name == "argument"]
+    words += [f"{p.opts[0]} {p.make_metavar(context)}" for p in wanted if p.param_type_name == "option"]
+    return f"{' '.join([context.command_path, *words])} ...; `{context.command_path} --help` tells more"
 
 
 def _is_torch_without_memory(error: BaseException) -> bool:

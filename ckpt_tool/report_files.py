@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -53,8 +54,8 @@ class ReportFiles:
 
 
 def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
-    def problem(kind: str, expected: str, found: str) -> Problem:
-        return Problem(kind, f"expected {expected}, found {found}", file, option)
+    def problem(kind: str, expected: str, found: str, hint: str | None = None) -> Problem:
+        return Problem(kind, f"expected {expected}, found {found}", file, option, hint)
 
     if not file or "\0" in file:
         yield problem("output-failed", "the name of a file", "none")
@@ -75,8 +76,9 @@ def _problems(option: str, file: str, read: list[str]) -> Iterator[Problem]:
         if not os.access(file, os.W_OK):
             yield problem("output-failed", "to be allowed to write into it", "that it is read-only")
     elif not os.path.isdir(folder):
-        what = "a file" if os.path.lexists(folder) else "none"
-        yield problem("output-failed", f"an existing folder {folder}", what)
+        there = os.path.lexists(folder)
+        hint = None if there else f"mkdir -p {shlex.quote(folder)}"
+        yield problem("output-failed", f"an existing folder {folder}", "a file" if there else "none", hint)
     elif len(os.fsencode(name)) > NAME_BYTES:
         yield problem("output-failed", f"a name of at most {NAME_BYTES} bytes", str(len(os.fsencode(name))))
     elif not os.access(folder, os.W_OK | os.X_OK):

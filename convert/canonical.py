@@ -17,27 +17,25 @@ from itertools import compress, groupby, repeat
 from operator import ne
 from typing import Any
 
-from ckpt_tool.checkpoint.base import DTYPES, Checkpoint, Renamed, TensorFile, TensorInfo
-from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.checkpoint.weight_sets import BESIDE, PROCESSORS, is_template, is_tokenizer, vocabulary_kind
+from ckpt_tool.checkpoint.base import Checkpoint, Renamed, TensorFile, TensorInfo
+from ckpt_tool.convert.canonical_files import config_of, files_beside
 from ckpt_tool.convert.expanding import Expansion
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.convert.facts_classes import CODE, Class
+from ckpt_tool.convert.facts_classes import Class
 from ckpt_tool.convert.facts_rotary import OBJECTS as ROPES
 from ckpt_tool.convert.facts_rotary import ROTARY
-from ckpt_tool.convert.facts_settings import overlaid
 from ckpt_tool.convert.families import FAMILIES, Family, family
-from ckpt_tool.convert.in_parts import OneRow, in_its_parts
 from ckpt_tool.convert.kept import HUGGING_FACE, LAYOUT, read_manifest
 from ckpt_tool.convert.layout import Part, Step
 from ckpt_tool.convert.options import given
-from ckpt_tool.convert.params import SET
-from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, natural
+from ckpt_tool.convert.plan import Options, Plan, natural
+from ckpt_tool.convert.quantised import ALONE
 from ckpt_tool.convert.quantised_config import KEY
-from ckpt_tool.convert.quantised_view import carried_of, packing_beside, with_packing
+from ckpt_tool.convert.quantised_view import carried_of, with_packing
+from ckpt_tool.convert.source import CODES
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.weave import Held, Written, as_it_is, held_steps
-from ckpt_tool.convert.widths import CASTABLE, DTYPE_KEYS, unclear
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import CkptToolError, Problem, fail_all
 from ckpt_tool.records import dataclass
 
@@ -536,16 +534,15 @@ def _head_problems(
             known = " or ".join(f"{s}weight" for s in starts)
             message = f"expected the head of {spelling.architecture} ({known}), found none"
             yield Problem("missing-tensor", message, own.checkpoint.path.name, starts[0] + "weight")
-    pools = (held.facts.document or {}).get(
-        "classifier_activation"
-    ) is not False  # MobileBERT's without has none
+    # MobileBERT's without has none
+    pools = (held.facts.document or {}).get("classifier_activation") is not False
     if pools and POOLED.fullmatch(spelling.architecture) and not any(".pooler." in n for n in names):
         message = f"expected the pooler that the head of {spelling.architecture} reads, found none"
         yield Problem("missing-tensor", message, own.checkpoint.path.name, f"{spelling.prefix}pooler")
     for t in heads:
         if t.dtype not in CASTABLE and t.shape:
             message = f"expected {', '.join(CASTABLE)}, found {t.dtype}"
-            yield Problem("unsupported-dtype", message, t.file, t.name)
+            yield Problem("unsupported-dtype", message, t.file, t.name, ALONE if t.dtype in CODES else None)
         if LAST.fullmatch(t.name):
             yield from _last_problems(t, spelling, held, names)
 
@@ -602,14 +599,14 @@ def _labels(config: Mapping[str, Any]) -> int:
 def _written(
     checkpoint: Checkpoint, chosen: Family, options: Options, held: Held, spelling: Spelling
 ) -> Written:
-    config, documents, notes = _config(checkpoint, options, held, spelling.kind)
+    config, documents, notes = config_of(checkpoint, options, held, spelling.kind)
     notes += held.facts.notes + _renamings(spelling)
     manifest = read_manifest(checkpoint)
     original = {} if manifest is None or manifest.direction != "to-hf" else dict(manifest.original)
     return Written(
         chosen.name,
         config,
-        [*documents, *_beside(checkpoint)],
+        [*documents, *files_beside(checkpoint)],
         {},
         notes,
         {**original, LAYOUT: HUGGING_FACE},
@@ -622,56 +619,6 @@ def _reasons(held: Held, names: Iterable[str], there: Mapping[str, str]) -> dict
     ignored = {**held.ignored, **TABLES}
     found = {n: next((why for p, why in ignored.items() if re.fullmatch(p, n)), None) for n in names}
     return {re.escape(there[n]): why for n, why in found.items() if why is not None}
-
-
-def _config(
-    checkpoint: Checkpoint, options: Options, held: Held, own: Class
-) -> tuple[dict[str, Value], list[OutputDocument], list[str]]:
-    """config.json as it is, byte for byte, unless the user says otherwise: --dtype, or --dequantize, whose
-    numbers loaders would round to a dtype that is said of the others; or unless it names no one dtype."""
-    before = checkpoint.json("config.json")
-    asked = options.settings
-    out = {k for k, v in asked.items() if v is None and k not in held.facts.settings}  # left out as told
-    settings = {k: v for k, v in asked.items() if k not in out}
-    made = overlaid({k: v for k, v in before.items() if k not in out}, settings)
-    made = {**packing_beside(checkpoint), **{k: v for k, v in made.items() if k not in CODE}}
-    flag = "--dequantize" if options.dtype is None else "--dtype"
-    dtype = options.dtype if options.dequantize is None else options.dtype or held.source.dtype
-    if dtype is None and unclear(made):
-        dtype, flag = held.source.dtype, "dtype of the tensors"
-    if dtype is not None:
-        names = [k for k in DTYPE_KEYS if k in made] or ["torch_dtype"]
-        made |= dict.fromkeys(names, DTYPES[dtype].torch)
-    values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()}
-    if dtype is not None:
-        values |= {k: Value(made[k], flag) for k in names}
-    document = checkpoint.documents["config.json"]
-    if made == before:
-        stored = document.stored if isinstance(document, OneRow) else document
-        return values, [OutputDocument("config.json", stored.read(), "as it is")], []
-    changed = sorted(
-        k for k in {*before, *made} if before.get(k) != made.get(k) or (k in before) != (k in made)
-    )
-    if isinstance(document, OneRow) and own.parts is not None:
-        made = in_its_parts(document, made, changed, own.parts)
-    text = json.dumps(made, indent=2, ensure_ascii=True) + "\n"
-    source = f"config.json, but for {', '.join(changed)}"
-    return values, [OutputDocument("config.json", text.encode(), source)], []
-
-
-def _beside(checkpoint: Checkpoint) -> Iterator[OutputDocument]:
-    """Tokenizer files and the like as they are, but for fields that ask for code."""
-    for name, document in checkpoint.documents.items():
-        if not (name in BESIDE or is_template(name) or is_tokenizer(name) or vocabulary_kind(name) == name):
-            continue
-        content, source = document.read(), "copied from beside the weights"
-        if name in ("tokenizer_config.json", "generation_config.json", *PROCESSORS):
-            fields = parse_object(content, file=name, kind="bad-tokenizer")
-            if fields.keys() & {*CODE}:
-                fields = {k: v for k, v in fields.items() if k not in CODE}
-                content = (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
-                source += ", without the fields that ask for code"
-        yield OutputDocument(name, content, source)
 
 
 def _renamings(spelling: Spelling) -> list[str]:

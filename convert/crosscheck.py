@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.convert.layout import Dims, Part
+from ckpt_tool.convert.params import overridden
 from ckpt_tool.convert.plan import Value
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.errors import Problem
@@ -38,8 +39,21 @@ class Disagreement:
             f"from {values}{share}, found {self.found}",
             file=self.part.file,
             where=self.fields[0],
-            hint="--set NAME=VALUE overrides what the file or the rule says",
+            hint=self._way_out(config),
         )
+
+    def _way_out(self, config: Mapping[str, Value]) -> str:
+        """Each of the fields with the value that the tensor has of it, where that is a whole number."""
+        ways = [
+            f"--set {f}={value * self.found // self.expected}"
+            for f in dict.fromkeys(self.fields)
+            if type(value := config[f].value) is int
+            and self.expected
+            and value * self.found % self.expected == 0
+        ]
+        if ways:
+            return f"{' or '.join(ways)} if the tensors are right"
+        return overridden(*dict.fromkeys(self.fields))
 
 
 def disagreements(

@@ -201,7 +201,9 @@ class Staging:
         free = found.f_bavail * found.f_frsize
         needed = size + size // 100 + SPARE_BYTES
         if free < needed:
-            fail("disk-full", f"expected {needed} bytes free, found {free}", file=self.place)
+            message = f"expected {needed:,} bytes free, found {free:,}"
+            hint = "make room there, or write to another disk: --out"
+            fail("disk-full", message, file=self.place, hint=hint)
 
     def create(self, name: str, size: int) -> int:
         """A new file of `size` bytes, `name` or `name` in one or two folders; the descriptor is then

@@ -34,7 +34,7 @@ from ckpt_tool.convert.facts_parts import Parts as Parts
 from ckpt_tool.convert.facts_rotary import LLAMA3 as LLAMA3
 from ckpt_tool.convert.params import MAX_COUNT as MAX_COUNT
 from ckpt_tool.convert.params import UNKNOWN as UNKNOWN
-from ckpt_tool.convert.params import Facts, Silent
+from ckpt_tool.convert.params import Facts, Silent, overridden
 from ckpt_tool.convert.params import shown as shown
 from ckpt_tool.convert.plan import Foretold as Foretold
 from ckpt_tool.convert.plan import Options, Turns
@@ -292,6 +292,8 @@ class Known:
         return {n: self.value(n) for n in wanted}
 
     def refuse(self, kind: str, message: str, where: str, hint: str | None = None) -> None:
+        if hint is None and kind == "config-mismatch" and where in {*self.fields, *self.names.values()}:
+            hint = overridden(where)
         self.facts.refuse(kind, message, where, hint)
 
     def _keys(self, f: Field) -> tuple[str, ...]:

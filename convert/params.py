@@ -255,6 +255,11 @@ def left_out(file: str, name: str, value: Any) -> str:
     return f"{file}: {printable(name, 60)} {shown(value)} is left out (--set {printable(name, 60)}=null)"
 
 
+def overridden(*names: str) -> str:
+    """A hint: values of config.json that a user may say otherwise than the file or the rule."""
+    return f"{' or '.join(f'--set {n}=VALUE' for n in names)} overrides what the file or the rule says"
+
+
 LONG = 1000  # characters
 
 

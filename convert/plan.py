@@ -609,8 +609,9 @@ def config_document(config: Mapping[str, Value], name: str = "config.json") -> O
 def dtype_option(
     text: str, option: str = "--dtype", known: Sequence[str] = ("F64", "F32", "F16", "BF16")
 ) -> str:
-    """`bfloat16`, `bf16` or `BF16` to the safetensors name; refuses what numpy cannot cast to."""
+    """`float16`, `fp16`, `f16` or `F16` to the safetensors name; refuses what numpy cannot cast to."""
     names = {d.name.lower(): d.name for d in DTYPES.values()} | {d.torch: d.name for d in DTYPES.values()}
+    names |= {f"fp{bits}": f"F{bits}" for bits in (16, 32, 64)}
     found = names.get(text.lower())
     if found is None or found not in known:
         names_known = [DTYPES[d].torch for d in known]

@@ -17,7 +17,7 @@ from ckpt_tool.checkpoint.base import Checkpoint, Given, Record, Renamed, Tensor
 from ckpt_tool.checkpoint.signs import UNPACKED, packed
 from ckpt_tool.convert.params import shown
 from ckpt_tool.convert.plan import Options
-from ckpt_tool.convert.quantised import ALONE, E4M3, Inventory, Quantised, found_in
+from ckpt_tool.convert.quantised import ALONE, Inventory, Quantised, found_in
 from ckpt_tool.convert.quantised_config import (
     CONFIG,
     IN_PARAMS,
@@ -28,6 +28,7 @@ from ckpt_tool.convert.quantised_config import (
     PARAMS,
 )
 from ckpt_tool.convert.quantised_methods import METHODS
+from ckpt_tool.convert.source import CODES
 from ckpt_tool.errors import fail
 
 
@@ -117,7 +118,7 @@ def as_asked(checkpoint: Checkpoint, options: Options) -> Checkpoint:
         if inventory is None:
             _other_packing(checkpoint)
             message = "expected quantised weights (codes with scales beside them), found none"
-            alone = any(t.dtype == E4M3 for t in checkpoint)
+            alone = any(t.dtype in CODES for t in checkpoint)
             fail(
                 "usage", message, where="--dequantize", hint=ALONE if alone else "--dtype casts plain weights"
             )

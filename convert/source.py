@@ -21,6 +21,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.convert.expanding import Column
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.plan import Options, Value
+from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
@@ -178,3 +179,11 @@ def dtype_value(source: Source, options: Options) -> Value:
     if options.dtype is not None:
         return Value(DTYPES[options.dtype].torch, "--dtype")
     return Value(DTYPES[source.dtype].torch, "dtype of the tensors")
+
+
+def no_dtype(said: object, source: Source) -> bool:
+    """Whether what a config.json says as its dtype is none that a model is loaded in ("auto", say), while its
+    tensors have one."""
+    known = {DTYPES[d].torch for d in CASTABLE}
+    text = said.removeprefix("torch.") if isinstance(said, str) else said
+    return said is not None and text not in known and source.dtype in CASTABLE

@@ -39,7 +39,6 @@ from ckpt_tool.convert.plan import (
 )
 from ckpt_tool.convert.quantised import (
     ALONE,
-    E4M3,
     FP8_ROWS,
     FP8_TENSOR,
     QSCALE,
@@ -51,7 +50,7 @@ from ckpt_tool.convert.quantised_asked import WAY_OUT, carried_words, check_aske
 from ckpt_tool.convert.quantised_config import KEY, OF_MODELOPT, for_transformers
 from ckpt_tool.convert.quantised_steps import of_all_parts, physical
 from ckpt_tool.convert.quantised_view import carried_of, names_of_codes, packing_beside, quantised_of
-from ckpt_tool.convert.source import Source
+from ckpt_tool.convert.source import CODES, Source
 from ckpt_tool.convert.steps import Steps
 from ckpt_tool.convert.widths import CASTABLE
 from ckpt_tool.errors import Problem, fail_all
@@ -404,12 +403,13 @@ def layer_problems(layers: Value, found: int) -> list[Problem]:
     fewer = layers.value < found
     left = f"{layers.value}..{found - 1}" if found - layers.value > 1 else str(layers.value)
     which = f"{found}: layer {left} left over" if fewer else f"{found}"
+    these = "all of them are the model's" if fewer else "those are all; else get the rest of the model"
     return [
         Problem(
             "uncovered-tensors" if fewer else "missing-tensor",
             f"expected {layers.value} layers ({layers.source}), found tensors of {which}",
             where="num_hidden_layers",
-            hint=f"--set num_hidden_layers={found} if all of them are the model's" if found else None,
+            hint=f"--set num_hidden_layers={found} if {these}" if found else None,
         )
     ]
 
@@ -491,7 +491,7 @@ def _dtype_problems(
             f"expected {', '.join(wanted(p))}, found {p.dtype}",
             p.file,
             p.name,
-            ALONE if p.dtype == E4M3 else None,
+            ALONE if p.dtype in CODES else None,
         )
         for p in parts
         if p.name not in names

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from ckpt_tool.checkpoint.base import DTYPES
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
 # pairs of (narrow, wide), where the second holds every value of the first
 WIDER = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
-
-
 DTYPE_KEYS = ("torch_dtype", "dtype")  # of config.json, before and since transformers 4.56
 NAMES_OF_DTYPES = {d.torch for d in DTYPES.values()}
-
-
-def unclear(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json names two dtypes, or one that is none (`auto`)."""
-    said = {str(config[k]).removeprefix("torch.") for k in DTYPE_KEYS if config.get(k) is not None}
-    return len(said) > 1 or not said <= NAMES_OF_DTYPES
 
 
 def rounds(source: str, target: str) -> bool:

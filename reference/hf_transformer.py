@@ -142,7 +142,8 @@ def attention(
         tables = wide(x).dtype if "fused" in c.names else x.dtype
         q, k = (wide(rotate_neighbours(y, c.turned, tables, cached(past, p))) for y in (q, k))
     k, v = grown(past, p, k, v)
-    return project(weigh(scores(q, k, c) / over, v, hidden), w, p + c.names["out"], c, not c.parallel)
+    made = scores(q, k, c) if over == 1 else scores(q, k, c) / over
+    return project(weigh(made, v, hidden), w, p + c.names["out"], c, not c.parallel)
 
 
 def apart(x: Tensor, w: Tensors, p: str, c: Config) -> Iterator[Tensor]:

@@ -112,6 +112,30 @@ def test_folders_with_names_of_hugging_face_convert_in_one_step(
     assert (report.status, report.exactness) == ("pass", "bit-identical")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_documents_of_a_run_are_found_from_any_of_its_folders(conversions: Written, tmp_path: Path) -> None:
+    """As a trainer leaves FSDP's shards: config.json beside the folder of the weights, or one further out."""
+    model = conversions("llama-3-8b")
+    for place in ("checkpoint-500", "."):
+        run = tmp_path / f"run-{len(place)}"
+        weights = run / "checkpoint-500" / "pytorch_model_fsdp_0"
+        weights.mkdir(parents=True)
+        dcp.save(dict(load_file(model / "model.safetensors")), checkpoint_id=str(weights), no_dist=True)
+        beside(model, run / place)
+        for given in (weights, weights.parent, run):
+            out = tmp_path / "out"
+            made = api.convert(given, out)
+            for file in ("model.safetensors", "config.json", "tokenizer.json"):
+                assert (out / file).read_bytes() == (model / file).read_bytes(), (place, given)
+            holder = run / place
+            told = [n for n in made.opened if "config.json" in n]
+            above = f"taken from {holder.resolve().name}, above the weights"
+            assert [n.partition(": ")[2] for n in told] == (
+                [above] if holder.resolve() in given.parents else []
+            )
+            shutil.rmtree(out)
+
+
 # --- parity by several processes ------------------------------------------------------------------------
 
 

@@ -433,6 +433,7 @@ def test_too_little_space_is_said_before_the_first_byte(source: Path, small_disk
         convert(source, small_disk / "out", check=False)
     assert caught.value.kind == "disk-full"
     assert "expected" in str(caught.value) and "bytes free, found" in str(caught.value)
+    assert caught.value.problems[0].hint == "make room there, or write to another disk: --out"
     assert list(small_disk.iterdir()) == []
 
 

@@ -577,7 +577,7 @@ def test_the_command_says_what_follows_and_where_the_source_goes_on_otherwise(
         (("--prompt-ids", "99999"), "the size of the vocabulary"),
         (("--prompt-ids", "5", "--mode", "sample"), "a seed"),
         (("--prompt-ids", "5", "--option", "top_k"), "KEY=VALUE"),
-        (("--prompts", "no.json"), "cannot be read"),
+        (("--prompts", "no.json"), "error[not-found]: no.json: --prompts: expected a file, found none"),
     ],
 )  # fmt: skip
 def test_slips_of_the_command(

@@ -6,8 +6,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -412,3 +415,165 @@ def test_a_list_of_entities_is_compared_without_being_held(
     words.write_text(words.read_text().replace("Japan", "Japon", 1))
     failed = [f.where for f in verify(folder, source, levels=("coverage",)).findings if f.status == "fail"]
     assert failed and all("entity_vocab.json" in str(where) for where in failed)
+
+
+# --- values that fit no tensor, words that are no command ------------------------------------------------
+
+
+def hints(folder: Path, **settings: object) -> dict[str, str]:
+    """What is said below each problem of planning with these settings, by where it is."""
+    with pytest.raises(CkptToolError) as error:
+        api.plan(folder, options=Options(settings=settings))
+    return {str(p.where): str(p.hint) for p in error.value.problems}
+
+
+def test_a_number_that_fits_no_tensor_is_told_by_the_one_that_does(originals: Written) -> None:
+    folder = originals("llama-3-8b")
+    config = {k: v.value for k, v in api.plan(folder).config.items()}
+    vocabulary, layers, kv = (config[n] for n in ("vocab_size", "num_hidden_layers", "num_key_value_heads"))
+    said = hints(folder, vocab_size=vocabulary + 8)
+    assert said == {"vocab_size": f"--set vocab_size={vocabulary} if the tensors are right"}
+    width = config["hidden_size"] // config["num_attention_heads"]
+    said = hints(folder, num_key_value_heads=1)
+    two = f"--set num_key_value_heads={kv} or --set head_dim={width * kv}"
+    assert said == {"num_key_value_heads": f"{two} if the tensors are right"}
+    ways = "all of them are the model's", "those are all; else get the rest of the model"
+    for other, way in zip((layers - 1, layers + 1), ways, strict=True):
+        said = hints(folder, num_hidden_layers=other)
+        assert said["num_hidden_layers"] == f"--set num_hidden_layers={layers} if {way}"
+    assert {h for w, h in said.items() if w.startswith("layers.")} == {
+        "get the rest of the model, or save all of it again"
+    }
+    said = hints(folder, num_attention_heads=config["num_attention_heads"] + 1)
+    assert said["num_attention_heads"] == (
+        "--set num_attention_heads=VALUE overrides what the file or the rule says"
+    )
+
+
+def test_what_args_of_megatron_cannot_say_is_named_with_a_way_out(conversions: Written) -> None:
+    folder = conversions("mistral-7b-v0.1")
+    options = Options(family_options={"form": "torch_dist"})
+    window = json.loads((folder / "config.json").read_text())["sliding_window"]
+    with pytest.raises(CkptToolError) as error:
+        api.plan(folder, to="original", options=options)
+    (problem,) = error.value.problems
+    assert (problem.kind, problem.where) == ("unsupported", "sliding_window")
+    assert problem.message == f"expected none, as args have no word for it, found {window}"
+    assert str(problem.hint).startswith("--set sliding_window=null leaves it out")
+    options = replace(options, settings={"sliding_window": None})
+    assert api.plan(folder, to="original", options=options).direction == "to-original"
+
+
+def test_a_hint_that_several_problems_share_stands_once() -> None:
+    one, two = (Problem("bad-name", f"m{k}", "f", None, "h") for k in (1, 2))
+    three, four = Problem("bad-name", "m3", "f"), replace(one, message="m4")
+    five = replace(one, message="m5", hint="other")
+    assert CkptToolError(one, two, three, four, five).text().splitlines() == [
+        "error[bad-name]: f: m1",
+        "error[bad-name]: f: m2",
+        "  hint: h",
+        "error[bad-name]: f: m3",
+        "error[bad-name]: f: m4",
+        "  hint: h",
+        "error[bad-name]: f: m5",
+        "  hint: other",
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_codes_without_scales_say_how_they_become_numbers(
+    dtype: str, conversions: Written, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(conversions("llama-3-8b"), tmp_path / "in"))
+    (folder / "ckpt-tool.json").unlink()
+    kind = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[dtype]
+    state = load_file(folder / "model.safetensors")
+    state = {n: x.to(kind) if "_proj" in n else x for n, x in state.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    for options, kind_of in ((Options(), "unsupported-dtype"), (Options(dequantize="BF16"), "usage")):
+        with pytest.raises(CkptToolError) as error:
+            api.plan(folder, options=options)
+        assert error.value.kind == kind_of
+        assert {
+            "`.to(torch.bfloat16)` in torch makes numbers" in str(p.hint) for p in error.value.problems
+        } == {True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        ("convert auto", "Missing option '--in'.", "convert FAMILY --in PATH --out DIR"),
+        ("convert auto a b", "Missing option '--in'.", "convert FAMILY --in PATH --out DIR"),
+        ("verify", "Missing argument 'DIR'.", "verify DIR"),
+        ("compare a", "Missing argument 'B'.", "compare A B"),
+        ("verify a b", "Got unexpected extra argument (b)", "verify DIR"),
+        ("verify a --sorce b", "No such option '--sorce'. (Did you mean", None),
+    ],
+)
+def test_what_is_missing_of_a_command_is_told_with_what_it_takes(
+    arguments: str, message: str, hint: str | None, tmp_path: Path
+) -> None:
+    text = said(arguments, tmp_path, 2)
+    assert text.startswith(f"error[usage]: {message}")
+    command = arguments.split()[0]
+    told = f" hint: ckpt-tool {hint} ...; `ckpt-tool {command} --help` tells more"
+    assert text.endswith(told) if hint else "hint:" not in text
+
+
+def test_a_dtype_may_be_called_as_trainers_call_it() -> None:
+    from ckpt_tool.convert.plan import dtype_option
+
+    assert [dtype_option(t) for t in ("fp16", "FP32", "bf16", "f16")] == ["F16", "F32", "BF16", "F16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        ("gate {}", ""),
+        ("gate there.toml --baseline {}", "--baseline: "),
+        ("convert auto --in {in} --out out --config {}", "--config: "),
+        ("verify {in} --no-source --expectations {}", "--expectations: "),
+        ("verify {in} --no-source --prompts {}", ""),
+        ("generate {in} --prompts {}", "--prompts: "),
+        ("certificate {in} --source {in} --sign {}", "--sign: "),
+    ],
+)
+def test_a_file_that_is_not_there_is_told_with_what_is_near(
+    arguments: str, where: str, conversions: Written, tmp_path: Path
+) -> None:
+    (tmp_path / "values.json").write_text("{}")
+    gate = '[[check]]\nname = "a"\nout = "b"\nno_source = true\n'
+    (tmp_path / "there.toml").write_text(gate)
+    folder = str(conversions("llama-3-8b"))
+    for name, found, kind in (
+        ("valeus.json", "expected a file, found none hint: did you mean values.json?", "not-found"),
+        (".", "expected a file, found a folder", "wrong-format"),
+    ):
+        told = said(arguments.replace("{in}", folder).format(name), tmp_path, 2)
+        assert told == f"error[{kind}]: {name}: {where}{found}"
+
+
+def test_a_report_for_which_there_is_no_folder_says_how_to_make_it(
+    conversions: Written, tmp_path: Path
+) -> None:
+    told = said(f"verify {conversions('llama-3-8b')} --no-source --html 'a b/x.html'", tmp_path, 2)
+    assert told.endswith(f"found none hint: mkdir -p '{tmp_path}/a b'")
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("convert mi", ["plain,ministral3", "plain,mistral", "plain,mixtral"]),
+        ("convert auto --in D", ["file,D"]),
+        ("export onnx D", ["file,D"]),
+    ],
+)
+def test_a_shell_is_told_what_may_follow(words: str, offered: list[str]) -> None:
+    asked = {"COMP_WORDS": f"ckpt-tool {words}", "COMP_CWORD": str(len(words.split()))}
+    command = [sys.executable, "-m", "ckpt_tool"]
+    environment = {**os.environ, **asked, "_CKPT_TOOL_COMPLETE": "bash_complete"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, offered), done.stderr

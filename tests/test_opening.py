@@ -153,6 +153,69 @@ def test_two_sets_side_by_side_are_ambiguous(tmp_path: Path, names: list[str]) -
     assert refused(tmp_path)[0].kind == "ambiguous-input"
 
 
+def shards(count: int, *names: str, folder: str = "") -> tuple[dict[str, bytes], bytes]:
+    """Files of one tensor each, and their index."""
+    files = {f"{folder}model-{k + 1:05d}-of-{count:05d}.safetensors": n for k, n in enumerate(names)}
+    return {f: safe_bytes(n) for f, n in files.items()}, index_document({n: f for f, n in files.items()}, 48)
+
+
+def test_of_two_sets_of_shards_the_index_or_a_named_file_says_which(tmp_path: Path) -> None:
+    """Loaders go by the index."""
+    (two, index), (three, _) = shards(2, "a", "b"), shards(3, "x", "y", "z")
+    fill(tmp_path, **two, **three)
+    (problem,) = refused(tmp_path)
+    assert problem.message == "expected shards of one set, found sets of 2, 3 side by side"
+    hint = "give one file of the set that is meant: --in FOLDER/model-00001-of-00002.safetensors"
+    assert (problem.kind, problem.hint) == ("ambiguous-input", hint)
+    for content in (None, index):
+        if content is not None:
+            (tmp_path / "model.safetensors.index.json").write_bytes(content)
+        for files in (two, three):
+            with open_checkpoint(tmp_path / [*files][-1]) as checkpoint:
+                assert list(checkpoint.files) == list(files)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert list(checkpoint.files) == list(two) and checkpoint.names() == ["a", "b"]
+        left = "model-00001-of-00003.safetensors and 2 more left aside"
+        assert f"{left}: model.safetensors.index.json does not list them" in checkpoint.notes
+    (tmp_path / [*two][0]).unlink()  # then it says nothing of what is there
+    assert [p.kind for p in refused(tmp_path)] == ["ambiguous-input"]
+
+
+def test_an_index_may_list_files_in_folders_of_its_own(tmp_path: Path) -> None:
+    """As transformers 5.24.0 reads them; not through a link, which may lead anywhere."""
+    files, index = shards(2, "a", "b", folder="weights/step/")
+    given = fill(tmp_path / "given", **files, **{"model.safetensors.index.json": index, "config.json": b"{}"})
+    linked = tmp_path / "linked"
+    linked.symlink_to(given)
+    for path in (given, linked):
+        with open_checkpoint(path) as checkpoint:
+            assert list(checkpoint.files) == list(files) and checkpoint.names() == ["a", "b"]
+            np.testing.assert_array_equal(read(checkpoint, "b"), tensors("b")["b"])
+            assert "config.json" in checkpoint.documents
+    for level in ("weights/step", "weights"):
+        (given / level).rename(tmp_path / "outside")
+        (given / level).symlink_to(tmp_path / "outside")
+        (problem,) = refused(given)
+        assert problem.message == "expected a folder weights/step, found a link"
+        assert problem.kind == "bad-index" and problem.hint is not None
+        (given / level).unlink()
+        (tmp_path / "outside").rename(given / level)
+    (given / [*files][1]).unlink()
+    (problem,) = refused(given)
+    assert problem.message == f"expected {[*files][1]}, found no such file"
+
+
+def test_weights_beside_the_folder_original_are_told_to_be_left(tmp_path: Path) -> None:
+    inner = {"original/consolidated.00.pth": PTH, "original/params.json": b'{"dim": 1}'}
+    fill(tmp_path, **inner, **{"model.safetensors": SAFE, "config.json": b"{}"})
+    note = "model.safetensors beside original/ left aside: to read those, give one of the files"
+    for path, prefer, told in ((tmp_path, "original", True), (tmp_path, "hf", False)):
+        with open_checkpoint(path, prefer=prefer) as checkpoint:
+            assert (note in checkpoint.notes) == told
+    with open_checkpoint(tmp_path / "model.safetensors", prefer="original") as checkpoint:
+        assert list(checkpoint.files) == ["model.safetensors"]
+
+
 def test_naming_a_file_settles_the_ambiguity(tmp_path: Path) -> None:
     fill(
         tmp_path, **{"consolidated.00.pth": PTH, "consolidated.01.pth": PTH, "consolidated.safetensors": SAFE}

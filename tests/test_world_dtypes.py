@@ -307,6 +307,43 @@ def test_a_rank_of_another_dtype_than_its_peers_is_refused(originals: Written, t
     assert (caught.value.kind, caught.value.problems[0].where) == ("shard-conflict", name)
 
 
+@pytest.mark.parametrize("said", ["auto", "bf17", 3, "int8"])
+def test_a_dtype_that_no_model_is_loaded_in_becomes_that_of_the_tensors(
+    said: object, conversions: Written, tmp_path: Path
+) -> None:
+    """transformers 4.57.6 and 5.24.0 raise on the first two: there is no torch.auto."""
+    given = Path(shutil.copytree(conversions("llama-3-8b"), tmp_path / "in"))
+    (given / "ckpt-tool.json").unlink()
+    config = json.loads((given / "config.json").read_text())
+    (given / "config.json").write_text(json.dumps(config | {"torch_dtype": said}))
+    made = api.convert(given, tmp_path / "out")
+    own = f"{config['torch_dtype']} is written (dtype of the tensors)"
+    note = f"torch_dtype: {json.dumps(said)} is nothing that a model is loaded by; {own}"
+    assert note in made.plan.notes and made.report is not None and made.report.status == "pass"
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert api.verify(tmp_path / "out", given, levels=("coverage", "bits")).status == "pass"
+    for kept in (config["torch_dtype"], f"torch.{config['torch_dtype']}", "float32", None):
+        (given / "config.json").write_text(json.dumps(config | {"torch_dtype": kept}))
+        assert "torch_dtype" not in " ".join(api.plan(given).notes)
+
+
+@pytest.mark.parametrize("said", ["lama", None])
+def test_a_model_type_of_no_class_becomes_that_of_the_class(
+    said: str | None, conversions: Written, tmp_path: Path
+) -> None:
+    """AutoConfig of transformers 4.57.6 and 5.24.0 knows neither."""
+    given = Path(shutil.copytree(conversions("llama-3-8b"), tmp_path / "in"))
+    (given / "ckpt-tool.json").unlink()
+    config = json.loads((given / "config.json").read_text())
+    changed = {k: v for k, v in (config | {"model_type": said}).items() if v is not None or k != "model_type"}
+    (given / "config.json").write_text(json.dumps(changed))
+    made = api.convert(given, tmp_path / "out")
+    text = f"model_type: {json.dumps(said)} is nothing that a model is loaded by"
+    assert f"{text}; llama is written (config.json: architectures)" in made.plan.notes
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert api.verify(tmp_path / "out", given, levels=("coverage", "bits")).status == "pass"
+
+
 # --- experts stacked as in memory -----------------------------------------------------------------------
 
 MOE = re.compile(r"(model\.layers\.\d+\.)block_sparse_moe\.(?:gate|experts\.(\d+)\.(w\d))\.weight")

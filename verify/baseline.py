@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, fail_unread
 from ckpt_tool.verify.claims import CLASSES, Claim
 from ckpt_tool.verify.report import Finding, Report
 
@@ -44,12 +44,12 @@ class Recorded:
 
 
 def read_baseline(path: Path) -> dict[str, Recorded]:
-    """The reports by their titles. Kinds: `read-failed`, `bad-config`."""
+    """The reports by their titles. Kinds: those of `fail_unread`, `bad-config`."""
     try:
         with open(path, "rb") as file:
             data = file.read(LIMIT + 1)
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where="--baseline")
+        fail_unread(error, path, "--baseline")
     content = parse_object(data, file=path.name)
     reports = content.get("reports")
     if not isinstance(reports, list) or not all(isinstance(r, dict) for r in reports):

@@ -32,7 +32,7 @@ from ckpt_tool.convert import options
 from ckpt_tool.convert.families import FAMILIES
 from ckpt_tool.convert.plan import Options, dtype_option
 from ckpt_tool.convert.quantised_asked import dequantize_option
-from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, near
+from ckpt_tool.errors import CkptToolError, Problem, fail, fail_all, fail_unread, near
 from ckpt_tool.verify import ASKED_FOR, DTYPES, JUDGES, claims, verify
 from ckpt_tool.verify.baseline import MORE, hold_against, read_baseline
 from ckpt_tool.verify.claims import MODES, Mode
@@ -246,7 +246,7 @@ def read_gate(path: Path) -> tuple[str, list[Check]]:
         with open(path, "rb") as f:
             data = f.read(SIZE_LIMIT + 1)
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path)
+        fail_unread(error, path)
     if len(data) > SIZE_LIMIT:
         fail("bad-config", f"expected at most {SIZE_LIMIT} bytes, found more", file=path)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, fail_unread
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
@@ -279,7 +279,7 @@ def read_json(path: str, option: str, most: int) -> Any:
         with open(path, "rb") as file:
             return json.loads(file.read(most))
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where=option)
+        fail_unread(error, path, option)
     except ValueError as error:
         fail("usage", f"expected JSON, found {error}", file=path, where=option)
 

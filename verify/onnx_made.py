@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ def _place(out: Path, overwrite: bool) -> Path:
         fail("usage", f"expected a name that ends in {SUFFIX}, found {out.name!r}", where="--out")
     place = Path(os.path.realpath(out.parent)) / out.name
     if not place.parent.is_dir():
-        fail("output-failed", f"expected an existing folder {place.parent}, found none", file=os.fspath(out))
+        hint = f"mkdir -p {shlex.quote(str(place.parent))}"
+        text = f"expected an existing folder {place.parent}, found none"
+        fail("output-failed", text, file=os.fspath(out), hint=hint)
     if not os.access(place.parent, os.W_OK | os.X_OK):
         fail(
             "output-failed",

@@ -13,7 +13,7 @@ from typing import Any
 from ckpt_tool.checkpoint.base import Checkpoint, TensorInfo
 from ckpt_tool.checkpoint.strict_json import parse
 from ckpt_tool.convert.facts import class_of, classes
-from ckpt_tool.errors import fail
+from ckpt_tool.errors import fail, fail_unread
 from ckpt_tool.fixtures.prompts import prompts as fixed
 from ckpt_tool.verify.report import Finding
 
@@ -277,7 +277,7 @@ def read_prompts(path: str | os.PathLike[str]) -> Prompts:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path)
+        fail_unread(error, path)
     found = parse(data, file=os.fspath(path), kind="usage")
     rows = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(rows, list) or not rows or not all(isinstance(r, list) for r in rows):

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckpt_tool.errors import CkptToolError, fail, missing_package
+from ckpt_tool.errors import CkptToolError, fail, fail_unread, missing_package
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -166,7 +166,7 @@ def _read(path: Path, option: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(KEY_BYTES + 1)
     except OSError as error:
-        fail("read-failed", f"cannot be read: {error.strerror}", file=path, where=option)
+        fail_unread(error, path, option)
     if len(data) > KEY_BYTES:
         fail("bad-input", f"expected {KINDS}, found a file of more than 64 KiB", file=path, where=option)
     return data

@@ -104,6 +104,10 @@ class Folder(ABC):
         """Whether the file `name` is directly in it."""
         return name in self.names()
 
+    def is_link(self, name: str) -> bool:
+        """Whether the file or folder `name` is a link; in an archive none is."""
+        return False
+
     @abstractmethod
     def below(self, enter: Callable[[str], bool], depth: int = 2) -> list[str]:
         """The files in the folders in it, down to `depth` levels, in folders whose names `enter` accepts."""
@@ -195,6 +199,9 @@ class Directory(Folder):
 
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
+
+    def is_link(self, name: str) -> bool:
+        return (self.path / name).is_symlink()
 
     def outer(self) -> Folder | None:
         parent = Path(os.path.abspath(self.path)).parent

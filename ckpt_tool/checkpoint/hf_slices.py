@@ -121,7 +121,7 @@ def slice_files(folder: Folder) -> tuple[str, list[str], list[str]] | None:
     return None
 
 
-def documents_of(folder: Folder, within: str) -> dict[str, str]:
+def kept_documents(folder: Folder, within: str) -> dict[str, str]:
     """What NeMo Automodel keeps for the files that are to be joined of slices in the part `within`: their
     paths by name."""
     before = f"{within}{KEPT}/"

@@ -9,13 +9,20 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from ckpt_tool.checkpoint.base import Checkpoint, Document, LeftOut, TensorFile, Unwrapped
+from ckpt_tool.checkpoint.base import Checkpoint, LeftOut, TensorFile, Unwrapped
+from ckpt_tool.checkpoint.beside import (
+    add_documents,
+    add_run_documents,
+    documents_of,
+    documents_of_pieces,
+    outers,
+)
 from ckpt_tool.checkpoint.byte_range import ByteRange
 from ckpt_tool.checkpoint.checklist import LIST_BYTES, listed
-from ckpt_tool.checkpoint.dcp_folders import find_dcp, is_part
+from ckpt_tool.checkpoint.dcp_folders import find_dcp
 from ckpt_tool.checkpoint.dcp_folders import open_folder as open_dcp_folder
 from ckpt_tool.checkpoint.dcp_names import METADATA
 from ckpt_tool.checkpoint.deepspeed import (
@@ -30,7 +37,7 @@ from ckpt_tool.checkpoint.deepspeed import (
 )
 from ckpt_tool.checkpoint.folders import Directory, Folder, Place, kind_of, status_given
 from ckpt_tool.checkpoint.hf_slices import NAME as SLICE
-from ckpt_tool.checkpoint.hf_slices import documents_of, is_slice, open_slices, slice_files
+from ckpt_tool.checkpoint.hf_slices import is_slice, open_slices, slice_files
 from ckpt_tool.checkpoint.hub_cache import snapshot_of
 from ckpt_tool.checkpoint.megatron import (
     TRACKER,
@@ -42,7 +49,7 @@ from ckpt_tool.checkpoint.megatron import (
     may_hold_ranks,
 )
 from ckpt_tool.checkpoint.remote_path import RemotePath, Way, scheme_of
-from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG, may_hold_documents, run_documents
+from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_BYTES,
@@ -59,7 +66,6 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
-    OF_TOKENIZER,
     ORIGINAL_FOLDER,
     TORCH_INDEX,
     Prefer,
@@ -69,9 +75,7 @@ from ckpt_tool.checkpoint.weight_sets import (
     bundle_set,
     check_complete,
     check_finished,
-    is_document,
-    is_template,
-    is_tokenizer,
+    is_one_of_several,
     is_weights,
     locate,
     refuse_flat,
@@ -86,13 +90,8 @@ if TYPE_CHECKING:
 
 HUB = "hf://"
 SHOWN_LOST = 10  # files of an index that are not there, before the rest is counted
-TOKENIZER, READY = "tokenizer.model", "tokenizer.json"
-# What a repository has around its folder `original`, where that has no tokenizer of its own.
-AROUND = (
-    *(READY, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    "generation_config.json",
-)
 STATE_BYTES = 1 << 20
+NO_LINK = "put the files themselves into a folder of that name beside the index"
 INDEXES = (INDEX_NAME, TORCH_INDEX)
 
 
@@ -232,6 +231,9 @@ def _open_named(
     numbered = set_of(name, beside)
     single = WeightSet(name, (name,), None, "original")
     check_finished(numbered or single, beside, file=folder.label)
+    if numbered is not None and numbered.index is not None and is_one_of_several(numbered, beside):
+        own = name in _listed(folder, beside, numbered.index)
+        numbered = numbered if own else replace(numbered, index=None)  # which is that of the other set
     if numbered is None and (listed := _indexed(folder, beside, name)) is not None:
         numbered = listed[1]
     if numbered is not None:
@@ -277,6 +279,7 @@ def _open_folder(folder: Folder, path: Path, prefer: Prefer | None, limits: Limi
             prefer=prefer,
             checklist=lambda within: _checklist(folder, within),
             state=lambda within: _state(folder, within),
+            listed=lambda index: _listed(folder, names, index),
         )
         if found is None and prefer == "hf" and (ranks := _rank_folders(folder, path)) is not None:
             return _open_ranks(folder, ranks, path, limits)  # a wish: nothing else is there
@@ -302,6 +305,19 @@ def _listed(folder: Folder, names: Collection[str], index: str) -> list[str]:
     return read_index(folder.document(index).read(INDEX_BYTES), name=index).files()
 
 
+def _with_inner(folder: Folder, names: Collection[str], listed: Iterable[str], index: str) -> Collection[str]:
+    """`names` with those in the folders that an index lists files of. Kind `bad-index` for a folder that is a
+    link, which may lead anywhere."""
+    inner = {f.rpartition("/")[0] for f in listed if "/" in f}
+    if not inner:
+        return names
+    for path in sorted(inner):
+        if any(folder.is_link(str(p)) for p in (PurePosixPath(path), *PurePosixPath(path).parents[:-1])):
+            fail("bad-index", f"expected a folder {path}, found a link", file=index, hint=NO_LINK)
+    parts = {part for path in inner for part in path.split("/")}
+    return [*names, *folder.below(parts.__contains__)]
+
+
 def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterator[Problem]:
     """Those of the files that `index` lists that are not there: the first ones, and how many more."""
     lost = [name for name in listed if name not in names]
@@ -319,6 +335,7 @@ def _indexed(folder: Folder, names: Collection[str], name: str | None = None) ->
     for index in INDEXES:
         try:
             listed = _listed(folder, names, index)
+            names = _with_inner(folder, names, listed, index) if name is None else names
         except CkptToolError as error:
             if name is None or error.kind != "bad-index" or _mentions(folder, index, name):
                 raise
@@ -352,8 +369,8 @@ def _open_pieces(folder: Folder, path: Path, limits: Limits) -> OpenedCheckpoint
         odd = joined.left_out
     else:
         return None
-    outer = folder.outer() if not within and is_part(path.resolve().name) else None
-    return _opened_pieces(folder, within, file, notes, path, limits, outer, odd)
+    around = outers(folder, path.resolve().name)
+    return _opened_pieces(folder, within, file, notes, path, limits, around, odd)
 
 
 def _opened_pieces(
@@ -363,22 +380,13 @@ def _opened_pieces(
     notes: list[str],
     path: Path,
     limits: Limits,
-    outer: Folder | None,
+    around: list[Folder],
     odd: Collection[LeftOut] = (),
 ) -> OpenedCheckpoint:
-    """The `file` that the part `within` of `folder` was read as, with what belongs to it, also in the folder
-    `outer` around it."""
+    """The `file` that the part `within` of `folder` was read as, with what belongs to it, also in the folders
+    `around`."""
     try:
-        documents = _documents(folder, within, False, notes)
-        above = folder if within else outer
-        if above is not None:
-            beside = [n for n in above.names() if belongs(n) and n not in documents]
-            documents |= {name: above.document(name) for name in beside}
-        kept = documents_of(folder, within)
-        documents |= {n: folder.document(p, n) for n, p in kept.items() if belongs(n) and n not in documents}
-        _add_run_documents(documents, folder, within)
-        if outer is not None:
-            _add_run_documents(documents, outer, "")
+        documents = documents_of_pieces(folder, within, around, notes)
         own = _unwrapped({file.name: file}, path, limits)
     except BaseException:
         file.close()
@@ -417,18 +425,9 @@ def _open_shares(folder: Folder, shares: Shares, path: Path, limits: Limits) -> 
 
     notes = [*shares.notes, *([f"the weights were found in {shares.within}"] if shares.within else [])]
     outer = None if shares.within else folder.outer()
-    if outer is not None and LATEST not in outer.names():
-        outer = None
+    around = [outer] if outer is not None and LATEST in outer.names() else []
     file = open_zero(folder.place, shares)
-    return _opened_pieces(folder, shares.within, file, notes, path, limits, outer, file.left_out)
-
-
-def _add_run_documents(documents: dict[str, Document], folder: Folder, within: str) -> None:
-    """What the program that trained it put around the weights in the part `within` of `folder`."""
-    paths = [*folder.names(), *folder.below(lambda n: may_hold_documents(n) or n in within.split("/"))]
-    for short, path in run_documents(paths, within).items():
-        if short not in documents:
-            documents[short] = folder.document(path, short)
+    return _opened_pieces(folder, shares.within, file, notes, path, limits, around, file.left_out)
 
 
 def _unwrapped(files: dict[str, TensorFile], path: Path, limits: Limits) -> Unwrapped:
@@ -487,18 +486,10 @@ def _open_ranks(folder: Folder, ranks: RankFolders, path: Path, limits: Limits) 
         and outer is not None
         and is_iteration_folder(folder.path.resolve().name)
     ):
-        _add_documents(checkpoint, outer, [n for n in outer.names() if vocabulary_kind(n)])
-    _add_documents(checkpoint, folder, sorted(beside, key=lambda n: n.count("/")))
-    _add_run_documents(checkpoint.documents, folder, "/".join([*ranks.files[0].split("/")[:-2], ""]))
+        add_documents(checkpoint, outer, [n for n in outer.names() if vocabulary_kind(n)])
+    add_documents(checkpoint, folder, sorted(beside, key=lambda n: n.count("/")))
+    add_run_documents(checkpoint.documents, folder, "/".join([*ranks.files[0].split("/")[:-2], ""]))
     return checkpoint
-
-
-def _add_documents(checkpoint: Checkpoint, folder: Folder, names: Iterable[str]) -> None:
-    """The documents among `names`, listed without their folders; later ones come before earlier ones."""
-    for name in names:
-        short = name if is_template(name) else name.rpartition("/")[2]
-        if is_document(short) or is_template(short):
-            checkpoint.documents[short] = folder.document(name, short)
 
 
 def _open_set(
@@ -516,7 +507,7 @@ def _open_set(
     notes = list(chosen.notes)
     if within:
         notes.append(f"the weights were found in {within}")
-    documents = _documents(folder, within, chosen.origin == "original", notes)
+    documents = documents_of(folder, within, chosen.origin == "original", notes)
     index = None
     problems: list[Problem] = []
     if chosen.index is not None:
@@ -541,7 +532,7 @@ def _open_set(
         readings = [] if index is None else list(index.notes(files, agreed=agreed))
         own = _unwrapped(files, path, limits)
         if MODEL_CONFIG in documents:
-            _add_run_documents(documents, folder, within)
+            add_run_documents(documents, folder, within)
     except BaseException as error:
         try:
             if isinstance(error, CkptToolError):
@@ -567,7 +558,7 @@ def _open_bundle(
     from ckpt_tool.checkpoint.tf_bundle import open_bundle
 
     notes = [*chosen.notes, *([f"the weights were found in {within}"] if within else ())]
-    documents = _documents(folder, within, True, notes)
+    documents = documents_of(folder, within, True, notes)
     prefix = chosen.files[0].removesuffix(".index")
     found = open_bundle(folder, prefix, within=within, as_it_stands=limits.as_it_stands)
     own = (tuple(found.readings), tuple(found.left_out))
@@ -653,32 +644,6 @@ def _across(
                 if first != name:
                     message = f"expected the tensor in one file, found it in {first} as well"
                     yield Problem("shard-conflict", message, name, tensor, TWICE)
-
-
-def _documents(folder: Folder, within: str, original: bool, notes: list[str]) -> dict[str, Document]:
-    """The documents beside the weights, by their names there; those of an `original/` further in keep that
-    prefix. Llama 1 and 2 keep tokenizer.model and its sum one level above the weights, so they are looked
-    for there too."""
-    listed = [*folder.names(), *folder.below(lambda n: n in within.split("/"))] if within else folder.names()
-    inside = [name for name in listed if name.startswith(within)]
-    called = {name.removeprefix(within): name for name in inside}
-    found = {short: folder.document(name, short) for short, name in called.items() if belongs(short)}
-    outer = folder if within else folder.outer()
-    if not original or any(map(is_tokenizer, found)) or outer is None:
-        return found
-    if outer.has(TOKENIZER):
-        found |= {n: outer.document(n) for n in (TOKENIZER, OF_TOKENIZER) if outer.has(n)}
-        notes.append(f"{TOKENIZER} was taken from the folder above the weights")
-    elif (within or within_original(folder)) and outer.has(READY):
-        around = [n for n in outer.names() if n in AROUND and n not in found]
-        found |= {n: outer.document(n) for n in around}
-        notes.append(f"{', '.join(sorted(around))}: taken from the folder above the weights")
-    return found
-
-
-def within_original(folder: Folder) -> bool:
-    """Whether it is the part of a repository that holds the original download."""
-    return isinstance(folder, Directory) and f"{folder.path.resolve().name}/" == ORIGINAL_FOLDER
 
 
 def _state(folder: Folder, within: str = "") -> str:

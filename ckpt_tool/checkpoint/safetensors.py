@@ -366,6 +366,7 @@ class SafetensorsLayout:
         return ()
 
 
+DEPTH = 2  # folders between an index and a file that it lists
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_LINES = 4096  # that are put together at once
 INDEX_BYTES = 64 << 20  # one grows with the number of tensors: half a million have 50 MB, the published 5 MiB
@@ -491,13 +492,15 @@ def ties(config: bytes) -> bool:
 
 
 def _is_elsewhere(file: object) -> bool:
-    """Whether that is no plain name of a file."""
-    return not isinstance(file, str) or file in ("", ".", "..") or bool(set(file) & set("/\\\0"))
+    """Whether that is no name of a file in a folder, or in one of at most `DEPTH` levels in it."""
+    if not isinstance(file, str) or set(file) & set("\\\0") or file.count("/") > DEPTH:
+        return True
+    return any(part in ("", ".", "..") for part in file.split("/"))
 
 
 def read_index(data: bytes, *, name: str) -> WeightIndex:
-    """The index in `data`; refuses one whose file names are not plain names beside it (`bad-index`), each
-    once. `./` before a name is the same file to every loader."""
+    """The index in `data`; refuses one whose file names are not those of files beside it or in a folder
+    there (`bad-index`), each once. `./` before a name is the same file to every loader."""
     index = parse_object(data, file=name, kind="bad-index", max_bytes=INDEX_BYTES)
     del data
     weight_map = index.get("weight_map")
@@ -512,7 +515,7 @@ def read_index(data: bytes, *, name: str) -> WeightIndex:
         fail_all(
             Problem(
                 "bad-index",
-                f"expected the plain name of a file in the same folder, found {printable(file)}",
+                f"expected the name of a file in the folder of the index, found {printable(file)}",
                 name,
                 tensor,
                 "put the files beside the index, and take what stands before their names out of it",

@@ -7,7 +7,7 @@ repositories of Mistral and Llama do), so only the names that publishers use are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -271,12 +271,13 @@ def choose(
     prefer: Prefer | None = None,
     expected: Iterable[str] = (),
     inner: bool = False,
+    listed: Callable[[str], Collection[str]] = lambda index: (),
 ) -> WeightSet | None:
     """The one set to open among `names`, complete; None when there is none (of the kind `prefer`).
 
     `inner` are those of a folder `original`, which holds originals whatever they are called. `expected` are
-    weight files that a checklist says there should be. Kinds: `ambiguous-input` when more than one set could
-    be meant, `missing-shard` when the set has gaps.
+    weight files that a checklist says there should be, `listed` gives those that an index lists. Kinds:
+    `ambiguous-input` when more than one set could be meant, `missing-shard` when the set has gaps.
     """
     sets = [replace(s, origin="original") if inner else s for s in find_sets(names)]
     original = [s for s in sets if s.origin == "original"]
@@ -301,8 +302,22 @@ def choose(
     refuse_flat(chosen_set.files[0], names)
     check_finished(chosen_set, names, file=file)
     notes += adapter_notes(names)
+    if chosen_set.index is not None and any(_gaps(chosen_set, file, expected)):
+        chosen_set = by_index(chosen_set, listed(chosen_set.index))
+        notes += chosen_set.notes
     check_complete(chosen_set, file=file, expected=expected)
     return replace(chosen_set, notes=tuple(notes))
+
+
+def by_index(found: WeightSet, listed: Collection[str]) -> WeightSet:
+    """`found` without the files that its index does not list, where all that it lists are there: a second set
+    of shards, of another save, has names of the same pattern."""
+    own, strays = ([f for f in found.files if (f in listed) == wanted] for wanted in (True, False))
+    if not strays or not own or len(own) != len(listed):
+        return found
+    more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+    note = f"{strays[0]}{more} left aside: {found.index} does not list {'them' if more else 'it'}"
+    return replace(found, files=tuple(own), notes=(*found.notes, note))
 
 
 def adapter_notes(names: Collection[str]) -> list[str]:
@@ -318,12 +333,14 @@ def locate(
     prefer: Prefer | None = None,
     checklist: Callable[[str], Iterable[str]] = lambda within: (),
     state: Callable[[str], str] = lambda within: "",
+    listed: Callable[[str], Collection[str]] = lambda index: (),
 ) -> tuple[str, WeightSet] | None:
     """(where the weights are: "" or "original/", the set to open), from the names in a folder.
 
     `prefer` is a wish: where only the other kind is there, that is taken. `checklist` gives the weight files
     that the publisher's checklist in one of the two places lists, `state` the text of TensorFlow's state file
-    there. A bundle of TensorFlow is taken where nothing else is meant.
+    there, `listed` the files that an index lists. A bundle of TensorFlow is taken where nothing else is
+    meant.
     """
     here = [n for n in names if "/" not in n]
     inner = [n.removeprefix(ORIGINAL_FOLDER) for n in names if n.startswith(ORIGINAL_FOLDER)]
@@ -331,11 +348,22 @@ def locate(
     for wish in dict.fromkeys((prefer, None)):
         for within, inside in places:
             label = f"{file}/{within}".rstrip("/")
-            chosen = choose(inside, file=label, prefer=wish, expected=checklist(within), inner=bool(within))
+            chosen = choose(
+                inside,
+                file=label,
+                prefer=wish,
+                expected=checklist(within),
+                inner=bool(within),
+                listed=partial(_within, within, listed),
+            )
             if chosen is None:
                 continue
             if not within and chosen.origin == "hf" and find_sets(inner):
                 note = f"the folder {ORIGINAL_FOLDER} holds weights too; they were left aside"
+                chosen = replace(chosen, notes=(*chosen.notes, note))
+            if within and (beside := find_sets(here)):
+                left = ", ".join(s.label for s in beside)
+                note = f"{left} beside {ORIGINAL_FOLDER} left aside: to read those, give one of the files"
                 chosen = replace(chosen, notes=(*chosen.notes, note))
             aside = [f"the TensorFlow checkpoint {p} was left aside" for p in bundles(inside)]
             if chosen.files == (WHOLE,) and (loose := loose_set(inside)) is not None:
@@ -357,6 +385,11 @@ def locate(
             check_finished(loose, inside, file=label)
             return within, replace(loose, notes=tuple(adapter_notes(inside)))
     return None
+
+
+def _within(within: str, listed: Callable[[str], Collection[str]], index: str) -> Collection[str]:
+    """The files that `index` in a part of a folder lists."""
+    return listed(within + index)
 
 
 def _bundle(names: Collection[str], *, file: str, state: Callable[[], str]) -> WeightSet | None:
@@ -391,9 +424,25 @@ def bundle_set(prefix: str, names: Collection[str], *, file: str, notes: tuple[s
 
 
 def set_of(name: str, names: Collection[str]) -> WeightSet | None:
-    """The set of several files among `names`, or of numbered ones, that the file `name` is one of."""
+    """The set of several files among `names`, or of numbered ones, that the file `name` is one of: where
+    these say how many there are, those that say the same."""
     several = (s for s in find_sets(names) if s.numbered or len(s.files) > 1)
-    return next((s for s in several if name in s.files), None)
+    found = next((s for s in several if name in s.files), None)
+    if found is None or (count := _count(name)) is None:
+        return found
+    return replace(found, files=tuple(f for f in found.files if _count(f) == count))
+
+
+def is_one_of_several(found: WeightSet, names: Collection[str]) -> bool:
+    """Whether `names` have another set of shards of the pattern of `found`, of another number of them."""
+    return any(s.label == found.label and len(s.files) > len(found.files) for s in find_sets(names))
+
+
+def _count(name: str) -> int | None:
+    """How many files there are of the set that `name` is one of, as it says."""
+    found = next((m for p in _PATTERNS if (m := p.regex.fullmatch(name))), None)
+    count = None if found is None else found.groupdict().get("count")
+    return None if count is None else int(count)
 
 
 def _ambiguous(sets: list[WeightSet], file: str) -> None:
@@ -425,24 +474,26 @@ _APART = "move those that are not meant to a folder of their own"
 
 def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ()) -> None:
     """Fail with `missing-shard` (which numbers) or `ambiguous-input` unless each shard is there once."""
+    fail_all(_gaps(found, file, expected))
+
+
+def _gaps(found: WeightSet, file: str, expected: Iterable[str] = ()) -> Iterator[Problem]:
     if not found.numbered:
         return
     pattern = next(p for p in _PATTERNS if p.regex.fullmatch(found.files[0]))
     matches = [m for name in found.files if (m := pattern.regex.fullmatch(name))]
     listed = [m for name in expected if (m := pattern.regex.fullmatch(name))]
     numbers = [int(m["number"]) for m in matches]
-    problems: list[Problem] = []
-    twice = sorted({n for n in numbers if numbers.count(n) > 1})
-    if twice:
-        both = ", ".join(m[0] for m in matches if int(m["number"]) in twice)
-        problems.append(
-            Problem("ambiguous-input", f"expected each shard once, found {both}", file, hint=_APART)
-        )
     counts = {int(m["count"]) for m in matches if "count" in pattern.regex.groupindex}
+    twice = sorted({n for n in numbers if numbers.count(n) > 1})
+    if twice and len(counts) < 2:
+        both = ", ".join(m[0] for m in matches if int(m["number"]) in twice)
+        yield Problem("ambiguous-input", f"expected each shard once, found {both}", file, hint=_APART)
     if len(counts) > 1:
         shown = ", ".join(str(c) for c in sorted(counts))
         message = f"expected shards of one set, found sets of {shown} side by side"
-        problems.append(Problem("ambiguous-input", message, file, hint=_APART))
+        hint = f"give one file of the set that is meant: --in FOLDER/{found.files[0]}"
+        yield Problem("ambiguous-input", message, file, hint=hint)
     else:
         last = max([*numbers, *(int(m["number"]) for m in listed)])
         present, first = set(numbers), pattern.first
@@ -457,11 +508,10 @@ def check_complete(found: WeightSet, *, file: str, expected: Iterable[str] = ())
             names = ", ".join(_renumber(sample, n) for n in missing[:8])
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             message = f"expected {count} shards, found {len(present & set(wanted))}: {names}{more} not there"
-            problems.append(Problem("missing-shard", message, file, hint=FETCH_IT))
+            yield Problem("missing-shard", message, file, hint=FETCH_IT)
         if stray:
             message = f"expected shards up to {wanted[-1]}, found number {stray[-1]}"
-            problems.append(Problem("ambiguous-input", message, file, hint=_APART))
-    fail_all(problems)
+            yield Problem("ambiguous-input", message, file, hint=_APART)
 
 
 def _renumber(sample: re.Match[str], number: int) -> str:

@@ -49,7 +49,7 @@ from ckpt_tool.convert.options import CONTAINER as CONTAINER
 from ckpt_tool.convert.options import POOLING
 from ckpt_tool.convert.options import SHARDS as SHARDS
 from ckpt_tool.convert.options import Option as Option
-from ckpt_tool.convert.params import NO_CONFIG
+from ckpt_tool.convert.params import NO_CONFIG, overridden
 from ckpt_tool.convert.plan import Options, OutputDocument, Plan, Value, config_document, natural
 from ckpt_tool.convert.quantised import QSCALE as QSCALE
 from ckpt_tool.convert.quantised import QuantFormat
@@ -398,7 +398,8 @@ def _division_problems(values: Mapping[str, Value], ranks: int, embedding: str) 
             told = "; ".join(f"{n} from {values[n].source}" for n in (name, by) if n in values)
             divisor = f"{by} {counts[by]}".strip()
             message = f"expected {name} {counts[name]} to divide by {divisor}, found a rest ({told})"
-            made.append(Problem("config-mismatch", message, where=name if name in values else by))
+            hint = overridden(*(n for n in (name, by) if n in values))
+            made.append(Problem("config-mismatch", message, where=name if name in values else by, hint=hint))
     return made
 
 

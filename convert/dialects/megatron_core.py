@@ -50,11 +50,11 @@ from ckpt_tool.convert.numbers import (
     only,
 )
 from ckpt_tool.convert.options import EXPERT_PARALLEL, SHARDS, TENSOR_PARALLEL, Option
-from ckpt_tool.convert.params import Facts
+from ckpt_tool.convert.params import Facts, shown
 from ckpt_tool.convert.plan import Options, Plan, Value
 from ckpt_tool.convert.tokenizers.hf_files import template_notes
 from ckpt_tool.convert.weave import Table, Written, to_hf
-from ckpt_tool.errors import fail, printable
+from ckpt_tool.errors import Problem, fail, fail_all, printable
 from ckpt_tool.records import dataclass
 
 FIRST = "decoder.layers.0."
@@ -484,12 +484,7 @@ def plan_original(m: Core, checkpoint: Checkpoint, options: Options, known: Know
     form = _form(m, known)
     document = facts.document or {}
     asked_for = {n: made[n].value if n in made else document.get(n) for n in m.unsaid}
-    if any(asked_for.values()) or not can_be_said(known):
-        message = (
-            "expected no window, and no scaled frequencies but those of use_rope_scaling with factor 8 (all "
-            "that args can say), found some"
-        )
-        fail("unsupported", message, file="config.json")
+    fail_all(_beyond_args(known, asked_for))
     known.value(LENGTH.name)
     facts.check_settings({*known.fields, *m.unsaid})
     facts.check()
@@ -570,6 +565,20 @@ def _to_folder(m: Core, known: Known, options: Options, written: Written, form: 
     written = replace(written, original={**written.original, "layers": layers})
     version = form.version or 3.0
     return megatron_dist.to_folder(table, known.source, options, written, layers=layers, version=version)
+
+
+def _beyond_args(known: Known, asked_for: Mapping[str, Any]) -> Iterator[Problem]:
+    """Values of config.json for which the arguments of a run have no word."""
+    for name, value in asked_for.items():
+        if value:
+            message = f"expected none, as args have no word for it, found {shown(value)}"
+            hint = f"--set {name}=null leaves it out, if the model computes the same without it"
+            yield Problem("unsupported", message, "config.json", name, hint)
+    if not can_be_said(known):
+        message = (
+            "expected none but that of use_rope_scaling with factor 8, all that args can say, found another"
+        )
+        yield Problem("unsupported", message, "config.json", "rope_scaling")
 
 
 def _unsaid_notes(m: Core, document: Mapping[str, Any], form: Form) -> list[str]:

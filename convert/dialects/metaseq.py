@@ -24,7 +24,7 @@ from ckpt_tool.convert.families import Family
 from ckpt_tool.convert.layout import Rule
 from ckpt_tool.convert.numbers import TIE, Class, Field, Known, Size, table_of
 from ckpt_tool.convert.options import SHARDS
-from ckpt_tool.convert.params import NO_CONFIG, Facts, left_out, shown
+from ckpt_tool.convert.params import NO_CONFIG, Facts, left_out, overridden, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, OutputFile, Plan, natural
 from ckpt_tool.convert.source import Source, layer_count, whole_tensors
 from ckpt_tool.convert.tokenizers import original_tokenizer_documents, tokenizer_documents
@@ -264,7 +264,12 @@ def share_problems(d: Decoder, known: Known, ranks: int) -> list[Problem]:
     wanted = [(width, heads.value, f"{heads.value} heads ({heads.source})", "num_attention_heads")]
     wanted += [(known[n], ranks, f"{ranks} model-parallel parts", n) for n in d.shared]
     return [
-        Problem("config-mismatch", f"expected {value} to divide by {what}, found a rest", where=name)
+        Problem(
+            "config-mismatch",
+            f"expected {value} to divide by {what}, found a rest",
+            where=name,
+            hint=overridden(name),
+        )
         for value, by, what, name in wanted
         if value % by
     ]
