@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
@@ -190,7 +191,8 @@ def test_an_index_may_list_files_in_folders_of_its_own(tmp_path: Path) -> None:
     given = fill(tmp_path / "given", **files, **{"model.safetensors.index.json": index, "config.json": b"{}"})
     linked = tmp_path / "linked"
     linked.symlink_to(given)
-    for path in (given, linked):
+    packed = shutil.make_archive(str(tmp_path / "around"), "zip", tmp_path, "given")
+    for path in (given, linked, Path(packed), Path(shutil.make_archive(str(tmp_path / "in"), "tar", given))):
         with open_checkpoint(path) as checkpoint:
             assert list(checkpoint.files) == list(files) and checkpoint.names() == ["a", "b"]
             np.testing.assert_array_equal(read(checkpoint, "b"), tensors("b")["b"])

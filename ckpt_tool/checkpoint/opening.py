@@ -53,7 +53,6 @@ from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_BYTES,
-    INDEX_NAME,
     STRAY,
     TWICE,
     WeightIndex,
@@ -66,8 +65,8 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
+    INDEXES,
     ORIGINAL_FOLDER,
-    TORCH_INDEX,
     Prefer,
     WeightSet,
     adapter_notes,
@@ -92,7 +91,6 @@ HUB = "hf://"
 SHOWN_LOST = 10  # files of an index that are not there, before the rest is counted
 STATE_BYTES = 1 << 20
 NO_LINK = "put the files themselves into a folder of that name beside the index"
-INDEXES = (INDEX_NAME, TORCH_INDEX)
 
 
 @dataclass(frozen=True)
