@@ -36,9 +36,9 @@ def config_of(
     made = {**packing_beside(checkpoint), **{k: v for k, v in made.items() if k not in CODE}}
     otherwise = {**_dtype(made, options, held.source), **_model_type(made)}
     notes = [
-        f"{k}: {shown(made.get(k))} is nothing that a model is loaded by; {v.value} is written ({v.source})"
+        f"{k}: {shown(made.get(k))} {_why(k, made, held.source)}; {v.value} is written ({v.source})"
         for k, v in otherwise.items()
-        if not v.source.startswith("--")
+        if not v.source.startswith("--") and made.get(k) != v.value
     ]
     made |= {k: v.value for k, v in otherwise.items()}
     values = {k: Value(v, SET if k in settings else f"config.json: {k}") for k, v in made.items()} | otherwise
@@ -67,6 +67,13 @@ def _dtype(config: Mapping[str, Any], options: Options, source: Source) -> dict[
     said = {str(config[k]).removeprefix("torch.") for k in names if config[k] is not None}
     two = len(said) > 1 and source.dtype in CASTABLE  # each release reads another
     return {k: own for k in names if two or no_dtype(config[k], source)}
+
+
+def _why(key: str, config: Mapping[str, Any], source: Source) -> str:
+    """Why what `config` says under `key` is not written."""
+    if key in DTYPE_KEYS and not no_dtype(config[key], source):
+        return "is not what the other key says, and each release reads one of them first"
+    return "is nothing that a model is loaded by"
 
 
 def _model_type(config: Mapping[str, Any]) -> dict[str, Value]:

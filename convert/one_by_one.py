@@ -100,8 +100,8 @@ def with_scales(in_memory: InMemory) -> InMemory:
 
 def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
     """`checkpoint`, or a view of it in which the tensors of `in_memory` are apart. Fails with `unsupported`
-    where some layers are stacked and others are not, or where projections are joined as no family has them;
-    with `shape-mismatch` for a stacked tensor that has no such shares."""
+    where some layers are stacked and others are not, where an expert is there twice, or where projections are
+    joined as no family has them; with `shape-mismatch` for a stacked tensor that has no such shares."""
     names = checkpoint.names()
     fail_all(_joined_problems(names, checkpoint))
     patterns = [(_pattern(one), parts) for one, parts in in_memory.items()]
@@ -123,6 +123,9 @@ def one_by_one(checkpoint: Checkpoint, in_memory: InMemory) -> Checkpoint:
             made = _shares(tensor, patterns)
             if not made:
                 problems.append(_no_shares(tensor))
+            again = next((shares[s.info.name] for s in made if s.info.name in shares), None)
+            if again is not None and single is None:
+                problems.append(_twice(tensor, again))
             shares |= {share.info.name: share for share in made}
         files[file.name] = OneByOne(file, shares)
     fail_all(problems)
@@ -221,6 +224,11 @@ def _apart(tensor: TensorInfo, parts: tuple[str, ...], layer: str) -> Iterator[S
 def _no_shares(tensor: TensorInfo) -> Problem:
     message = f"expected shares of experts in its first two dimensions, found shape {tensor.shape}"
     return Problem("shape-mismatch", message, tensor.file, tensor.name)
+
+
+def _twice(tensor: TensorInfo, other: Share) -> Problem:
+    message = f"expected each expert once, found {other.info.name} in {tensor.name} and in {other.stored}"
+    return Problem("unsupported", message, tensor.file, tensor.name, SAVED)
 
 
 def _joined_problems(names: list[str], checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -184,6 +184,6 @@ def dtype_value(source: Source, options: Options) -> Value:
 def no_dtype(said: object, source: Source) -> bool:
     """Whether what a config.json says as its dtype is none that a model is loaded in ("auto", say), while its
     tensors have one."""
-    known = {DTYPES[d].torch for d in CASTABLE}
+    known = [DTYPES[d].torch for d in CASTABLE]  # no set: what JSON holds may be no key
     text = said.removeprefix("torch.") if isinstance(said, str) else said
     return said is not None and text not in known and source.dtype in CASTABLE

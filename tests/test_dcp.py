@@ -652,6 +652,11 @@ def test_slices_of_nemo_automodel_are_read_with_the_documents_kept_for_them(tmp_
     for given_ in (step.parent, step):
         error = refused(lambda given_=given_: open_checkpoint(given_))  # type: ignore[misc]
         assert error.problems[0].hint == f"give that folder: --in {step / 'model' / 'consolidated'}"
+    save_file({"w": GRID}, step.parent / "model.safetensors")
+    error = refused(lambda: open_checkpoint(tmp_path))  # whole weights around them are a model of their own
+    assert error.kind == "ambiguous-input" and "run/epoch_0_step_9/model/consolidated" in str(error)
+    assert error.problems[0].hint == f"give the folder that is meant: --in {step.parent}"
+    (step.parent / "model.safetensors").unlink()
     shutil.rmtree(step / "model")
     error = refused(lambda: open_checkpoint(step))
     assert "found the state of an optimizer alone" in error.problems[0].message

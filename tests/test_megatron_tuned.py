@@ -21,6 +21,7 @@ CLASSES = {
     "multichoice_head": "MegatronBertForMultipleChoice",
 }
 PRETRAINED = ("model.lm_head.", "model.binary_head.", "model.word_embeddings_for_head.")
+HOSTILE = {"weight": (65537, 0), "bias": (3,)}
 FULL = {n: t.float() for n, t in tensors().items()}
 
 
@@ -100,6 +101,20 @@ def test_heads_of_two_classes_are_refused(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert (problem.kind, problem.where) == ("unsupported", "architectures")
     assert problem.message == "expected the heads of one class, found classification_head beside others"
+    left = frozenset(["model.classification_head.weight", "model.classification_head.bias"])
+    made = api.plan(tmp_path, family=BERT, options=api.Options(drop=left))  # as the hint says
+    assert made.config["architectures"].value == ["MegatronBertForPreTraining"]
+
+
+def test_classes_without_number_are_not_named_one_by_one(tmp_path: Path) -> None:
+    """A tensor without columns takes no bytes for any number of rows."""
+    head = {f"model.classification_head.{n}": torch.zeros(s) for n, s in HOSTILE.items()}
+    write(tmp_path, 1, PRETRAINED, head, (4,))
+    with pytest.raises(CkptToolError) as caught:
+        api.plan(tmp_path, family=BERT)
+    assert ("unsupported", "expected at most 65536 classes, found 65537") in [
+        (p.kind, p.message) for p in caught.value.problems
+    ]
 
 
 def test_a_run_without_token_types_is_told_what_leads_out(tmp_path: Path) -> None:

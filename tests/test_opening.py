@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import socket
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ import pytest
 import safetensors.numpy
 import torch
 
+from ckpt_tool.checkpoint.archive import around
 from ckpt_tool.checkpoint.base import KEPT_JSON, Checkpoint, Document
 from ckpt_tool.checkpoint.byte_range import ByteRange
+from ckpt_tool.checkpoint.folders import Directory
+from ckpt_tool.checkpoint.no_weights import refuse, weight_folders
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.safetensors import index_document
 from ckpt_tool.checkpoint.weight_sets import Prefer
@@ -187,7 +191,8 @@ def test_an_index_may_list_files_in_folders_of_its_own(tmp_path: Path) -> None:
     given = fill(tmp_path / "given", **files, **{"model.safetensors.index.json": index, "config.json": b"{}"})
     linked = tmp_path / "linked"
     linked.symlink_to(given)
-    for path in (given, linked):
+    packed = shutil.make_archive(str(tmp_path / "around"), "zip", tmp_path, "given")
+    for path in (given, linked, Path(packed), Path(shutil.make_archive(str(tmp_path / "in"), "tar", given))):
         with open_checkpoint(path) as checkpoint:
             assert list(checkpoint.files) == list(files) and checkpoint.names() == ["a", "b"]
             np.testing.assert_array_equal(read(checkpoint, "b"), tensors("b")["b"])
@@ -203,6 +208,55 @@ def test_an_index_may_list_files_in_folders_of_its_own(tmp_path: Path) -> None:
     (given / [*files][1]).unlink()
     (problem,) = refused(given)
     assert problem.message == f"expected {[*files][1]}, found no such file"
+
+
+def test_folders_that_an_index_lists_and_are_not_there_are_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index of 64 MiB may list millions of them."""
+    files, index = shards(2, "a", "b", folder="weights/")
+    listed = json.loads(index)
+    listed["weight_map"] |= {f"t{k}": f"x{k}/model.safetensors" for k in range(5)}
+    fill(tmp_path, **files, **{"model.safetensors.index.json": json.dumps(listed).encode()})
+    asked: list[str] = []
+    monkeypatch.setattr(Directory, "is_link", lambda self, name: bool(asked.append(name)))
+    assert [p.message for p in refused(tmp_path)] == [
+        f"expected x{k}/model.safetensors, found no such file" for k in range(5)
+    ]
+    assert {*asked} == {"weights"}
+
+
+class Passes(list[str]):
+    """Paths that count how often someone goes through them."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(paths)
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.count += 1
+        return super().__iter__()
+
+    def __contains__(self, path: object) -> bool:
+        self.count += 1
+        return super().__contains__(path)
+
+
+def test_paths_of_many_folders_are_gone_through_as_often_as_those_of_few() -> None:
+    """An archive may have a hundred thousand."""
+    names = (
+        "consolidated/shard-00001-model-00001-of-00001.safetensors",
+        *(".metadata", "saved_model.pb", "x.data-00000-of-00001"),
+    )
+    passes = []
+    for count in (3, 30):
+        paths = [f"run{k}/{name}" for k in range(count) for name in names]
+        looked, told = Passes(paths), Passes(paths)
+        assert len(weight_folders(looked)) == count
+        with pytest.raises(CkptToolError):
+            refuse(told, around("x.zip"))
+        passes.append((looked.count, told.count))
+    assert passes[0] == passes[1]
 
 
 def test_weights_beside_the_folder_original_are_told_to_be_left(tmp_path: Path) -> None:

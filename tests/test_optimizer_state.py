@@ -384,6 +384,11 @@ def half_steps(held: dict[str, Any]) -> None:
         own["step"] = torch.tensor(7.5)
 
 
+def many_steps(held: dict[str, Any]) -> None:
+    for n, own in held["state"].items():
+        own["step"] = torch.tensor(1234567.0 + (n == 2))
+
+
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
     ("change", "ranks", "key", "note"),
@@ -392,6 +397,7 @@ def half_steps(held: dict[str, Any]) -> None:
         (other_steps, (0, 1), "step", "ranks made 7 and 9 steps, so "),
         (other_steps, (0,), "step", "ranks made 7 and 9 steps, so "),
         (half_steps, (0, 1), "step", "ranks made 7.5 steps, so "),
+        (many_steps, (0, 1), "step", "ranks made 1234567 and 1234568 steps, so "),
     ],
 )
 def test_what_ranks_say_otherwise_is_not_taken_from_one_of_them(

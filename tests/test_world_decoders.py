@@ -201,10 +201,15 @@ def test_settings_of_a_wrapped_opt_come_back(word: str, originals: Written, tmp_
 
 @pytest.mark.parametrize(
     "said",
-    [{"torch_dtype": "auto"}, {"torch_dtype": "float32", "dtype": "bfloat16"}, {"torch_dtype": "bf16"}],
+    [
+        {"torch_dtype": "auto"},
+        {"torch_dtype": "float32", "dtype": "bfloat16"},
+        {"torch_dtype": "bf16"},
+        {"dtype": {"text_config": "bfloat16"}},
+    ],
 )
 def test_a_config_of_two_dtypes_or_of_none_gets_that_of_the_tensors(
-    said: dict[str, str], conversions: Written, tmp_path: Path
+    said: dict[str, Any], conversions: Written, tmp_path: Path
 ) -> None:
     """config.json was kept as it is, and the conversion ended with exit code 1."""
     source = copied(
@@ -214,6 +219,9 @@ def test_a_config_of_two_dtypes_or_of_none_gets_that_of_the_tensors(
     assert made.report is not None and made.report.status == "pass"
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert {k: config[k] for k in said} == dict.fromkeys(said, "bfloat16")
+    told = [n for n in made.plan.notes if n.endswith("; bfloat16 is written (dtype of the tensors)")]
+    why = "is not what the other key says" if len(said) > 1 else "is nothing that a model is loaded by"
+    assert len(told) == 1 and f": {json.dumps([*said.values()][0])} {why}" in told[0]
     assert verify(tmp_path / "out", source, levels=BITS).status == "pass"
 
 
@@ -239,6 +247,28 @@ def test_experts_of_a_mixtral_under_the_names_of_its_router_in_memory_are_read(
     assert world.equal(world.tensors_of(tmp_path / "out"), world.tensors_of(conversions("mixtral-b")))
     report = verify(tmp_path / "out", source, levels=("coverage", "bits", "parity"))
     assert report.status == "pass", [f.message for f in report.findings]
+
+
+def test_an_expert_under_two_names_of_memory_is_refused(conversions: Written, tmp_path: Path) -> None:
+    """One of the two was read and the other left out, and nothing said so."""
+    layer = "model.layers.0.mlp.experts."
+
+    def doubled(folder: Path) -> None:
+        tensors = world.tensors_of(folder)
+        moved = {k.replace("block_sparse_moe.", "mlp."): v for k, v in tensors.items()}
+        count = sum(k.startswith(layer) and k.endswith(".w2.weight") for k in moved)
+        down = torch.stack([moved[f"{layer}{e}.w2.weight"].flip(0) for e in range(count)])
+        world.save(moved | {f"{layer}down_proj": down}, folder / "model.safetensors")
+
+    found = refusal(copied(conversions("mixtral-b"), tmp_path, doubled), tmp_path)
+    own = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    places = {f"{layer}0.w2.weight", f"{layer}down_proj"}
+    assert found.kind == "unsupported" and found.where in places
+    assert found.message in {
+        f"expected each expert once, found {own} in {one} and in {other}"
+        for one in places
+        for other in places - {one}
+    }
 
 
 @pytest.mark.parametrize("around", [lambda m: m, lambda m: {"model": m, "epoch": 1}])

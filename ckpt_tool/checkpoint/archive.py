@@ -20,10 +20,12 @@ from ckpt_tool.checkpoint.folders import Folder, Place
 from ckpt_tool.checkpoint.megatron import is_of_megatron
 from ckpt_tool.checkpoint.no_weights import Around, refuse
 from ckpt_tool.checkpoint.run_documents import is_run_document
+from ckpt_tool.checkpoint.safetensors import DEPTH
 from ckpt_tool.checkpoint.spool import Spool
 from ckpt_tool.checkpoint.tar import read_tar, read_tar_gz
 from ckpt_tool.checkpoint.tf_names import STATE, is_part
 from ckpt_tool.checkpoint.weight_sets import (
+    INDEXES,
     ORIGINAL_FOLDER,
     exports,
     is_document,
@@ -125,7 +127,8 @@ def open_archive(
 def _root(members: Members) -> str:
     """The prefix of the folder with the weights; `original/` beside weights belongs to the one around it, so
     do the folders that trainers make for a torch.distributed checkpoint, and Megatron's rank folders belong
-    to the archive. What was exported as a SavedModel is passed over where there is more."""
+    to the archive; an index beside no weights lists those in the folders below it. What was exported as a
+    SavedModel is passed over where there is more."""
     if any(map(is_of_megatron, members.names)):
         return ""
     paths = [PurePosixPath(name) for name in members.names]
@@ -133,6 +136,9 @@ def _root(members: Members) -> str:
     plain = {p.parent for p in paths if is_weights(p.name)} - dcp
     exported = exports(members.names)
     plain = {p for p in plain if str(p) not in exported} or plain
+    listing = {p.parent for p in paths if p.name in INDEXES}
+    outer = listing - plain
+    plain = {p if p in listing else next((a for a in p.parents[:DEPTH] if a in outer), p) for p in plain}
     parents = {str(p) for p in (*plain, *(p.parent if is_dcp_part(p.name) else p for p in dcp))}
     prefixes = {"" if parent == "." else parent + "/" for parent in parents}
     roots = sorted(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import NoReturn
@@ -54,7 +55,8 @@ def refuse(paths: Collection[str], around: Around, newest: str | None = None) ->
     _refuse_v1(here, around, newest)
     _refuse_sign([p for p in paths if is_universal(p)], around, [])
     _refuse_sign(here, around, inner)
-    if not (apart := [f for f in inner if f not in exports(paths)]):
+    exported = exports(paths)
+    if not (apart := [f for f in inner if f not in exported]):
         _refuse_sign([p for p in paths if SAVED_MODEL.search(p)], around, [])
     inner = apart
     if len(inner) > 1:
@@ -120,12 +122,15 @@ def weight_folders(paths: Collection[str]) -> list[str]:
     """The folders in which `paths` has weights; of Megatron's ranks and DeepSpeed's, the folder around
     them."""
     found: dict[str, None] = {}
+    sliced: dict[str, None] = {}
+    there = frozenset(paths)
+    homes = {p.rpartition("/")[0] for p in paths if p.endswith(".distcp")}
     for path in paths:
         *folders, name = path.split("/")
         data = DATA.fullmatch(name)
-        if data is not None and "/".join([*folders, f"{data['prefix']}.index"]) not in paths:
+        if data is not None and "/".join([*folders, f"{data['prefix']}.index"]) not in there:
             continue
-        listed = name == METADATA and _is_listed(folders, paths)
+        listed = name == METADATA and "/".join(folders) in homes and _is_listed(folders)
         if listed and len(folders) > 1 and is_part(folders[-1]):
             folders.pop()  # it is looked into, and documents lie around it
         if folders and (listed or is_weights(name)):
@@ -133,21 +138,25 @@ def weight_folders(paths: Collection[str]) -> list[str]:
                 folders.pop()
             found["/".join(folders)] = None
         elif folders and SLICE.fullmatch(name):
-            found["/".join(folders[: -1 if f"{folders[-1]}/" in PARTS else None])] = None
-    joined = [f for f in found if f.endswith("/" + JOINED[:-1])]
-    found = {f: None for f in found if not any(j.startswith(f"{f}/") for j in joined)}
+            sliced["/".join(folders[: -1 if f"{folders[-1]}/" in PARTS else None])] = None
+    joined = sorted(f for f in found if f.endswith("/" + JOINED[:-1]))
+    found |= {f: None for f in sliced if not _any_within(f, joined)}
     found |= dict.fromkeys(runs_of(paths))
     outermost = [f for f in found if not (f.endswith("/original") and f.removesuffix("/original") in found)]
     return sorted(f for f in outermost if f)
 
 
-def _is_listed(folders: list[str], paths: Collection[str]) -> bool:
-    """Whether a folder with a `.metadata` holds the data that this lists, and not of an optimizer alone; in
-    one that was looked into it is a file of something else."""
-    inner = "/".join(folders) + "/"
-    data = any(p.startswith(inner) and "/" not in p[len(inner) :] and p.endswith(".distcp") for p in paths)
+def _any_within(folder: str, listed: Sequence[str]) -> bool:
+    """Whether one of the sorted paths `listed` is in `folder`."""
+    at = bisect_left(listed, f"{folder}/")
+    return at < len(listed) and listed[at].startswith(f"{folder}/")
+
+
+def _is_listed(folders: list[str]) -> bool:
+    """Whether the data that a `.metadata` beside it lists is not of an optimizer alone; in a folder that was
+    looked into it is a file of something else."""
     seen = len(folders) <= 2 and all(map(is_part, folders))
-    return data and not seen and beside_weights(folders[-1]) is None
+    return not seen and beside_weights(folders[-1]) is None
 
 
 def _refuse_v1(here: Collection[str], around: Around, newest: str | None) -> None:

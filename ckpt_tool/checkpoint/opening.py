@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt_tool.checkpoint.base import Checkpoint, LeftOut, TensorFile, Unwrapped
@@ -53,7 +53,6 @@ from ckpt_tool.checkpoint.run_documents import MODEL_CONFIG
 from ckpt_tool.checkpoint.safetensors import (
     HEADER_LIMIT,
     INDEX_BYTES,
-    INDEX_NAME,
     STRAY,
     TWICE,
     WeightIndex,
@@ -66,8 +65,8 @@ from ckpt_tool.checkpoint.tf_names import STATE, bundle_at, newest
 from ckpt_tool.checkpoint.weight_sets import (
     CHECKLISTS,
     FETCH_IT,
+    INDEXES,
     ORIGINAL_FOLDER,
-    TORCH_INDEX,
     Prefer,
     WeightSet,
     adapter_notes,
@@ -92,7 +91,6 @@ HUB = "hf://"
 SHOWN_LOST = 10  # files of an index that are not there, before the rest is counted
 STATE_BYTES = 1 << 20
 NO_LINK = "put the files themselves into a folder of that name beside the index"
-INDEXES = (INDEX_NAME, TORCH_INDEX)
 
 
 @dataclass(frozen=True)
@@ -311,16 +309,18 @@ def _with_inner(folder: Folder, names: Collection[str], listed: Iterable[str], i
     inner = {f.rpartition("/")[0] for f in listed if "/" in f}
     if not inner:
         return names
-    for path in sorted(inner):
-        if any(folder.is_link(str(p)) for p in (PurePosixPath(path), *PurePosixPath(path).parents[:-1])):
-            fail("bad-index", f"expected a folder {path}, found a link", file=index, hint=NO_LINK)
     parts = {part for path in inner for part in path.split("/")}
-    return [*names, *folder.below(parts.__contains__)]
+    found = folder.below(parts.__contains__)
+    for path in sorted(inner & {f.rpartition("/")[0] for f in found}):  # an index may list millions
+        if any(map(folder.is_link, (path, path.partition("/")[0]))):
+            fail("bad-index", f"expected a folder {path}, found a link", file=index, hint=NO_LINK)
+    return [*names, *found]
 
 
 def _lost(index: str, listed: Collection[str], names: Collection[str]) -> Iterator[Problem]:
     """Those of the files that `index` lists that are not there: the first ones, and how many more."""
-    lost = [name for name in listed if name not in names]
+    there = frozenset(names)
+    lost = [name for name in listed if name not in there]
     for name in lost[:SHOWN_LOST]:
         yield Problem("bad-index", f"expected {name}, found no such file", index, hint=FETCH_IT)
     if (left := len(lost) - SHOWN_LOST) > 0:

@@ -23,6 +23,7 @@ ORIGINAL_FOLDER = "original/"  # where Llama 3's Hub repositories keep the origi
 TEMPLATE_FOLDER = "additional_chat_templates/"  # of all but the default one, in new transformers
 
 TORCH_INDEX = "pytorch_model.bin.index.json"
+INDEXES = (INDEX_NAME, TORCH_INDEX)
 # Lists of sums, which name every file that there should be.
 OF_TOKENIZER = "tokenizer_checklist.chk"  # which Llama 1 and 2 have one level above the weights
 CHECKLISTS = (

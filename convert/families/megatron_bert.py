@@ -36,6 +36,7 @@ TUNED = {
     "multichoice_head.": "MegatronBertForMultipleChoice",
 }
 CLASSIFIER = "classifier."
+MOST_LABELS = 1 << 16  # each is named in config.json, and a tensor of no columns has any number of rows
 
 
 def has_binary_head(known: Known) -> bool:
@@ -49,8 +50,12 @@ def tuned(known: Known) -> str | None:
     if known.back:
         said = (known.facts.document or {}).get("architectures")
         return next((own for own, name in TUNED.items() if said == [name]), None)
-    there = [own for own in TUNED if known.source.tensors.keys() & {f"{own}weight", f"{own}bias"}]
-    if len(there) > 1 or (there and "lm_head.dense.weight" in known.source.tensors):
+
+    def kept(*names: str) -> bool:
+        return any(known.source.keeps(n, known.options) for n in names)
+
+    there = [own for own in TUNED if kept(f"{own}weight", f"{own}bias")]
+    if len(there) > 1 or (there and kept("lm_head.dense.weight")):
         message = f"expected the heads of one class, found {there[0][:-1]} beside others"
         known.refuse("unsupported", message, "architectures", "--drop NAME leaves a tensor out")
     return next(iter(there), None)
@@ -65,7 +70,12 @@ def named_labels(known: Known) -> dict[str, Value]:
     """How many classes a classifier tells apart, as transformers writes it down."""
     if tuned(known) != "classification_head.":
         return {}
-    names, source = [f"LABEL_{k}" for k in range(labels(known))], "rows of classification_head.weight"
+    source = "rows of classification_head.weight"
+    if (count := labels(known)) > MOST_LABELS:
+        text = f"expected at most {MOST_LABELS} classes, found {count}"
+        known.refuse("unsupported", text, source.removeprefix("rows of "))
+        return {}
+    names = [f"LABEL_{k}" for k in range(count)]
     return {
         "id2label": Value({str(k): n for k, n in enumerate(names)}, source),
         "label2id": Value({n: k for k, n in enumerate(names)}, source),
