@@ -17,7 +17,7 @@ from ckpt_tool.convert.in_parts import OneRow, in_its_parts
 from ckpt_tool.convert.params import SET, shown
 from ckpt_tool.convert.plan import Options, OutputDocument, Value
 from ckpt_tool.convert.quantised_view import packing_beside
-from ckpt_tool.convert.source import Source, no_dtype
+from ckpt_tool.convert.source import Source, dtype_said, no_dtype
 from ckpt_tool.convert.weave import Held
 from ckpt_tool.convert.widths import CASTABLE, DTYPE_KEYS
 
@@ -64,7 +64,7 @@ def _dtype(config: Mapping[str, Any], options: Options, source: Source) -> dict[
     if dtype is not None:
         return dict.fromkeys(names or ["torch_dtype"], Value(DTYPES[dtype].torch, flag))
     own = Value(DTYPES[source.dtype].torch, "dtype of the tensors")
-    said = {str(config[k]).removeprefix("torch.") for k in names if config[k] is not None}
+    said = {str(dtype_said(config[k])) for k in names if config[k] is not None}
     two = len(said) > 1 and source.dtype in CASTABLE  # each release reads another
     return {k: own for k in names if two or no_dtype(config[k], source)}
 

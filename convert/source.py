@@ -21,7 +21,7 @@ from ckpt_tool.checkpoint.base import DTYPES, FLOATS, Checkpoint, TensorInfo
 from ckpt_tool.convert.expanding import Column
 from ckpt_tool.convert.layout import Home
 from ckpt_tool.convert.plan import Options, Value
-from ckpt_tool.convert.widths import CASTABLE
+from ckpt_tool.convert.widths import ALIASES, CASTABLE
 from ckpt_tool.errors import Problem, fail, fail_all
 from ckpt_tool.records import dataclass
 
@@ -185,5 +185,10 @@ def no_dtype(said: object, source: Source) -> bool:
     """Whether what a config.json says as its dtype is none that a model is loaded in ("auto", say), while its
     tensors have one."""
     known = [DTYPES[d].torch for d in CASTABLE]  # no set: what JSON holds may be no key
-    text = said.removeprefix("torch.") if isinstance(said, str) else said
-    return said is not None and text not in known and source.dtype in CASTABLE
+    return said is not None and dtype_said(said) not in known and source.dtype in CASTABLE
+
+
+def dtype_said(said: object) -> object:
+    """What a config.json says as its dtype, by the first of its names in torch: loaders take all of them."""
+    text = said.removeprefix("torch.") if isinstance(said, str) else None
+    return said if text is None else ALIASES.get(text, text)

@@ -10,7 +10,8 @@ CASTABLE = ("F64", "F32", "F16", "BF16")
 # pairs of (narrow, wide), where the second holds every value of the first
 WIDER = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
 DTYPE_KEYS = ("torch_dtype", "dtype")  # of config.json, before and since transformers 4.56
-NAMES_OF_DTYPES = {d.torch for d in DTYPES.values()}
+ALIASES = {"half": "float16", "float": "float32", "double": "float64"}  # torch's own
+NAMES_OF_DTYPES = {*(d.torch for d in DTYPES.values()), *ALIASES}
 
 
 def rounds(source: str, target: str) -> bool:

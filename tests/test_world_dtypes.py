@@ -327,6 +327,19 @@ def test_a_dtype_that_no_model_is_loaded_in_becomes_that_of_the_tensors(
         assert "torch_dtype" not in " ".join(api.plan(given).notes)
 
 
+@pytest.mark.parametrize("said", ["half", "torch.float", "double"])
+def test_torchs_other_names_of_a_dtype_are_kept(said: str, conversions: Written, tmp_path: Path) -> None:
+    """transformers 4.57.6 and 5.24.0 cast to what they name."""
+    given = Path(shutil.copytree(conversions("llama-3-8b"), tmp_path / "in"))
+    (given / "ckpt-tool.json").unlink()
+    config = json.loads((given / "config.json").read_text()) | {"torch_dtype": said}
+    (given / "config.json").write_text(json.dumps(config))
+    made = api.convert(given, tmp_path / "out")
+    assert made.report is not None and made.report.status == "pass"
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    assert api.verify(tmp_path / "out", given, levels=("coverage", "bits")).status == "pass"
+
+
 @pytest.mark.parametrize("said", ["lama", None])
 def test_a_model_type_of_no_class_becomes_that_of_the_class(
     said: str | None, conversions: Written, tmp_path: Path
