@@ -56,7 +56,7 @@ def said_of(file: TensorFile, notes: list[str]) -> Said | None:
 def agreed(runs: Sequence[Said], notes: list[str]) -> dict[str, Any]:
     """What all of them say, as `optimizer.json` has it; `notes` get what they say otherwise."""
     content: dict[str, Any] = {}
-    counts = {f"{x:g}": x for said in runs for x in said.counts}
+    counts = {f"{x:.15g}": x for said in runs for x in said.counts}  # runs of millions of steps too
     if len(counts) == 1 and (x := next(iter(counts.values()))) >= 0 and x.is_integer():
         content["step"] = int(x)
     elif counts:

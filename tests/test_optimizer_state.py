@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import types
@@ -344,6 +345,14 @@ def test_the_document_is_compared_with_the_source_whatever_the_manifest_says(
         assert (found.status, found.where) == ("fail", f"optimizer/optimizer.json.{where}")
 
 
+def test_a_pipe_in_place_of_the_document_is_not_waited_for(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    (out / "optimizer" / "optimizer.json").unlink()
+    os.mkfifo(out / "optimizer" / "optimizer.json")
+    (found,) = (f for f in api.verify(out, run / "in", levels="bits").findings if f.check == "optimizer")
+    assert found.status == "fail" and found.message == "expected this file, found none that can be read"
+
+
 def test_a_schedule_that_the_source_has_not_fails(run: Path, tmp_path: Path) -> None:
     api.convert(run / "hf", tmp_path / "back", to="original", options=WITH)
     path = sorted((tmp_path / "back").rglob("*.pt"))[0]
@@ -384,6 +393,11 @@ def half_steps(held: dict[str, Any]) -> None:
         own["step"] = torch.tensor(7.5)
 
 
+def many_steps(held: dict[str, Any]) -> None:
+    for k, own in held["state"].items():
+        own["step"] = torch.tensor(2_000_001.0 if k == 2 else 2_000_000.0)
+
+
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
     ("change", "ranks", "key", "note"),
@@ -392,6 +406,7 @@ def half_steps(held: dict[str, Any]) -> None:
         (other_steps, (0, 1), "step", "ranks made 7 and 9 steps, so "),
         (other_steps, (0,), "step", "ranks made 7 and 9 steps, so "),
         (half_steps, (0, 1), "step", "ranks made 7.5 steps, so "),
+        (many_steps, (0, 1), "step", "ranks made 2000000 and 2000001 steps, so "),
     ],
 )
 def test_what_ranks_say_otherwise_is_not_taken_from_one_of_them(

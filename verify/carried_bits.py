@@ -114,8 +114,11 @@ def _document(subject: Subject, carried: Carried) -> Iterator[Finding]:
     """Whether the document has the steps, groups, schedule and numbers that the source gives."""
     assert carried.plan is not None
     planned = next(d for d in carried.plan.documents if d.name == DOCUMENT)
+    place = Path(subject.output.path) / DOCUMENT
     try:
-        with (Path(subject.output.path) / DOCUMENT).open("rb") as file:
+        if not place.is_file():  # opening a FIFO would wait for who writes into it
+            raise FileNotFoundError
+        with place.open("rb") as file:
             found = parse_object(file.read(MAX_BYTES + 1), file=DOCUMENT)
     except OSError:
         yield _fail("expected this file, found none that can be read", DOCUMENT)
