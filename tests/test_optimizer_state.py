@@ -372,6 +372,15 @@ def test_states_that_no_manifest_records_are_in_the_headline(run: Path, tmp_path
     )
 
 
+def test_states_that_cannot_be_opened_are_in_the_headline(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    (out / "optimizer" / "exp_avg.safetensors").write_bytes(b"none")
+    report = api.verify(out, run / "in", levels=("coverage", "bits"))
+    words = "; optimizer not compared: what lies in optimizer/ cannot be read as states: "
+    assert report.status == "pass" and words in report.headline
+
+
 def test_states_of_ranks_that_differ_are_left_out_of_a_comparison(run: Path) -> None:
     report = compare(run / "in", run / "hf")
     assert report.status == "pass"
