@@ -344,8 +344,9 @@ def _help_of(error: click.ClickException) -> str | None:
     if context is None or "did you mean" in error.format_message().lower():
         return None
     wanted = [p for p in context.command.params if p.required]
-    words = [p.make_metavar(context) for p in wanted if p.param_type_name == "argument"]
-    words += [f"{p.opts[0]} {p.make_metavar(context)}" for p in wanted if p.param_type_name == "option"]
+    # make_metavar takes the context from click 8.2 on, and nothing before
+    words = [p.human_readable_name for p in wanted if p.param_type_name == "argument"]
+    words += [f"{p.opts[0]} {p.metavar or 'VALUE'}" for p in wanted if p.param_type_name == "option"]
     return f"{' '.join([context.command_path, *words])} ...; `{context.command_path} --help` tells more"
 
 

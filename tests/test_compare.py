@@ -309,6 +309,22 @@ def test_what_acts_elsewhere_than_in_the_numbers_is_in_the_headline(
     assert "; generation_config.json is in A alone" in compare(tmp_path / "a", tmp_path / "b").headline
 
 
+def test_links_among_what_loaders_take_are_compared_by_where_they_lead(
+    conversions: Written, tmp_path: Path
+) -> None:
+    """One to nothing, as a cache that was cleared leaves it, ended the comparison with exit code 2."""
+    for side in ("a", "b"):
+        out = shutil.copytree(conversions(VARIANT), tmp_path / side)
+        (out / "custom_generate").symlink_to(tmp_path)
+    assert "loaders take" not in compare(tmp_path / "a", tmp_path / "b").headline
+    for side in ("a", "b"):
+        (tmp_path / side / "adapter_model.safetensors").symlink_to(tmp_path / "nothing")
+    report = compare(tmp_path / "a", tmp_path / "b")
+    assert report.status == "pass" and report.headline.endswith(
+        "; files that loaders take with the model are not readable, which are noted"
+    )
+
+
 def test_states_of_a_training_run_are_left_out_in_the_headline(conversions: Written, tmp_path: Path) -> None:
     out = shutil.copytree(conversions(VARIANT), tmp_path / "out")
     (out / "optimizer").mkdir()

@@ -279,6 +279,19 @@ def test_roles_of_the_class_that_loaders_take_and_a_limit_that_nobody_says(
     assert notes == ([text] if "model_max_length" not in change else ["expected 600, found 77"])
 
 
+def test_roles_that_loaders_give_a_megatron_bert_are_not_lost(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """All releases take BertTokenizer by the type of the model."""
+    out = copied(conversions("bert-ngc-cased"), tmp_path / "out")
+    for name in ("ckpt-tool.json", "special_tokens_map.json"):
+        (out / name).unlink()
+    said = {"do_lower_case": False, "clean_up_tokenization_spaces": True}
+    (out / "tokenizer_config.json").write_text(json.dumps(said))
+    report = verify(out, originals("bert-ngc-cased"), levels="coverage")
+    assert [f for f in report.findings if f.status == "fail"] == []
+
+
 def test_another_class_that_brings_a_token_is_one_difference(
     originals: Written, conversions: Written, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from ckpt_tool.verify.answers import Skip
 from ckpt_tool.verify.expectations import parse
 from ckpt_tool.verify.generate import Generated, best_of, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options, rules_for
-from ckpt_tool.verify.generate_run import Made, Request, compared, run
+from ckpt_tool.verify.generate_run import Made, Request, compared, options_apart, run
 from ckpt_tool.verify.generate_scores import Place, processed
 from ckpt_tool.verify.generate_session import Session, prompts_of
 from ckpt_tool.verify.sides import Side, converted_side, original_side
@@ -604,11 +604,23 @@ def test_a_mode_that_did_not_run_is_in_the_headline(
     originals: Written, conversions: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what greedy search alone has shown would stand for all of them."""
-    modes = {"greedy": generated.MODES["greedy"], "beams": {"do_sample": False, "num_beams": 0}}
-    monkeypatch.setattr(generated, "MODES", modes)
+    greedy, none = generated.MODES["greedy"], {"do_sample": False, "num_beams": 0}
+    monkeypatch.setattr(generated, "MODES", {"greedy": greedy, "beams": none})
     report = verify(conversions("llama-1-13b"), originals("llama-1-13b"), levels=("generation",))
     assert report.status == "pass"
     assert report.headline.endswith("; beams not compared: expected at least 1, found 0")
+    monkeypatch.setattr(generated, "MODES", {"greedy": none, "beams": greedy})
+    source = originals("llama-1-13b")
+    report = verify(conversions("llama-1-13b"), source, levels=("bits", "generation"))
+    assert report.headline == (
+        "the bits are those of its source; generation not shown: expected at least 1, found 0"
+    )
+
+
+def test_long_options_are_cut() -> None:
+    one, other = Options(), Options(suppress_tokens=tuple(range(100_000)))
+    (text,) = options_apart(one, other)
+    assert text.startswith("suppress_tokens () and (0, 1, 2, ") and len(text) < 120
 
 
 @pytest.mark.parametrize("side", ["output", "source"])

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from shlex import split
 
+import click
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -26,9 +27,10 @@ from ckpt_tool.checkpoint.base import Document
 from ckpt_tool.checkpoint.hub_cache import root
 from ckpt_tool.checkpoint.opening import open_checkpoint
 from ckpt_tool.checkpoint.tf_bundle_writer import Content, write_bundle
+from ckpt_tool.cli import cli
 from ckpt_tool.convert.plan import Options
 from ckpt_tool.errors import CkptToolError, Problem
-from ckpt_tool.program import in_words_of
+from ckpt_tool.program import as_told, in_words_of
 from ckpt_tool.verify import verify
 from tests.in_process import program
 
@@ -521,6 +523,16 @@ def test_what_is_missing_of_a_command_is_told_with_what_it_takes(
     command = arguments.split()[0]
     told = f" hint: ckpt-tool {hint} ...; `ckpt-tool {command} --help` tells more"
     assert text.endswith(told) if hint else "hint:" not in text
+
+
+def test_what_a_command_takes_is_told_with_click_before_8_2_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose `make_metavar` takes no context."""
+    for kind in (click.Argument, click.Option):
+        monkeypatch.setattr(kind, "make_metavar", lambda self: "WORD")
+    for command, words in (("verify", "verify DIR"), ("certificate", "certificate DIR --source PATH")):
+        context = click.Context(cli.commands[command], info_name=f"ckpt-tool {command}")
+        (problem,) = as_told(click.UsageError("m", context)).problems
+        assert problem.hint == f"ckpt-tool {words} ...; `ckpt-tool {command} --help` tells more"
 
 
 def test_a_dtype_may_be_called_as_trainers_call_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import types
@@ -344,6 +345,14 @@ def test_the_document_is_compared_with_the_source_whatever_the_manifest_says(
         assert (found.status, found.where) == ("fail", f"optimizer/optimizer.json.{where}")
 
 
+def test_a_pipe_in_place_of_the_document_is_not_waited_for(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    (out / "optimizer" / "optimizer.json").unlink()
+    os.mkfifo(out / "optimizer" / "optimizer.json")
+    (found,) = (f for f in api.verify(out, run / "in", levels="bits").findings if f.check == "optimizer")
+    assert found.status == "fail" and found.message == "expected this file, found none that can be read"
+
+
 def test_a_schedule_that_the_source_has_not_fails(run: Path, tmp_path: Path) -> None:
     api.convert(run / "hf", tmp_path / "back", to="original", options=WITH)
     path = sorted((tmp_path / "back").rglob("*.pt"))[0]
@@ -361,6 +370,15 @@ def test_states_that_no_manifest_records_are_in_the_headline(run: Path, tmp_path
         "; optimizer not compared: no manifest records the exp_avg, exp_avg_sq, fp32_param that lie in "
         "optimizer/, and they were compared with nothing"
     )
+
+
+def test_states_that_cannot_be_opened_are_in_the_headline(run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(run / "hf", tmp_path / "out")
+    (out / "ckpt-tool.json").unlink()
+    (out / "optimizer" / "exp_avg.safetensors").write_bytes(b"none")
+    report = api.verify(out, run / "in", levels=("coverage", "bits"))
+    words = "; optimizer not compared: what lies in optimizer/ cannot be read as states: "
+    assert report.status == "pass" and words in report.headline
 
 
 def test_states_of_ranks_that_differ_are_left_out_of_a_comparison(run: Path) -> None:

@@ -468,9 +468,27 @@ def test_a_cast_that_nobody_asked_for_fails_whatever_level_is_asked(
 
 def test_a_recorded_cast_is_named_where_only_numbers_are_compared(originals: Written, tmp_path: Path) -> None:
     api.convert(originals(PLAIN), tmp_path / "out", family="mistral", options=Options(dtype="F16"))
-    report = verify(tmp_path / "out", originals(PLAIN), levels="training")
-    assert report.status == "pass"
-    assert report.headline.endswith("once it is cast or pooled as recorded or accepted")
+    for levels in ("training", ("coverage", "training")):
+        report = verify(tmp_path / "out", originals(PLAIN), levels=levels)
+        assert report.status == "pass"
+        assert report.headline.endswith("once it is cast or pooled as recorded or accepted")
+
+
+@pytest.mark.parametrize("levels", ["bits", ("coverage", "bits")])
+def test_what_was_left_out_by_name_and_what_the_manifest_alone_tells_is_in_the_headline(
+    levels: Any, conversions: Written, tmp_path: Path
+) -> None:
+    """Of a model that was cut the verdict was that of the whole one."""
+    source = conversions(PLAIN)
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    last = tuple(n for n in load_file(source / "model.safetensors") if f".layers.{layers - 1}." in n)
+    options = Options(settings={"num_hidden_layers": layers - 1}, drop=last)
+    api.convert(source, tmp_path / "out", options=options, check=False)
+    report = verify(tmp_path / "out", source, levels=levels)
+    assert report.status == "pass" and report.headline == (
+        "the bits are those of its source; only the manifest tells num_hidden_layers; "
+        f"{len(last)} tensors of the source left out with --drop and compared with nothing"
+    )
 
 
 def test_an_adapter_beside_the_source_is_in_the_headline(

@@ -180,6 +180,16 @@ def test_what_published_models_have_besides_converts(name: str, originals: Writt
     assert all(any(k in n and "code of the download" in n for n in plan.notes) for k in code)
 
 
+def test_a_key_of_the_published_opt_13b_changes_nothing(
+    originals: Written, conversions: Written, tmp_path: Path
+) -> None:
+    """By which a right conversion failed; the class reads tie_word_embeddings alone."""
+    out = copied(conversions("opt-13b"), tmp_path / "out", {"output_projection": True})
+    (out / "ckpt-tool.json").unlink()
+    report = verify(out, originals("opt-13b"), levels=("coverage", "parity"), mode="quick")
+    assert report.status == "pass", report.headline
+
+
 def test_a_second_name_of_the_window_is_compared(originals: Written, tmp_path: Path) -> None:
     width = config(originals("gemma-2-2b"))["sliding_window"]
     same = copied(originals("gemma-2-2b"), tmp_path / "same", {"sliding_window_size": width})

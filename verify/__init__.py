@@ -170,10 +170,9 @@ def _run(subject: Subject, asked: Asked, seen: Joined, report: Report, tell: Cal
     else:
         report.findings += without_coverage(subject)
     report.findings += unneeded(subject, asked.accept)
-    if subject.recorded.insisted or (subject.source is not None and subject.source.notes):
-        from ckpt_tool.verify.confirm import insisted, left_aside
+    from ckpt_tool.verify.confirm import said
 
-        report.findings += [*insisted(subject), *left_aside(subject)]
+    report.findings += said(subject, confirmed="coverage" in asked.levels)
     if "bits" in asked.levels:
         from ckpt_tool.verify.bits import bits
 

@@ -89,11 +89,17 @@ def without_coverage(subject: Subject) -> Iterator[Finding]:
     pooled) is named all the same."""
     yield from undeclared_cast(subject)
     yield from undeclared(subject)
-    plan = subject.plan
-    lossy = plan is not None and (loses(plan) or any(s.mean for s in plan.steps))
-    if lossy and subject.undeclared_cast is None:
+    if cast_as_recorded(subject):
         text = "the source is compared as it is once it is cast or pooled, as recorded"
         yield Finding("coverage", "dtype", "note", text, data={CAST_FIRST: True})
+
+
+def cast_as_recorded(subject: Subject) -> bool:
+    """Whether the source is rounded or pooled, as is recorded, before anything is compared with it."""
+    plan = subject.plan
+    if plan is None or subject.undeclared_cast is not None:
+        return False
+    return loses(plan) or any(s.mean for s in plan.steps)
 
 
 def _is_cast(step: Step) -> bool:

@@ -48,18 +48,20 @@ def _unrecorded(subject: Subject) -> Iterator[Finding]:
     """States beside a model of which no manifest says that they were carried: nobody has compared them."""
     if subject.direction != "to-hf":
         return
-    found = {t.name.partition(".")[0] for t in _states(subject) if is_state(t.name)}
+    try:
+        found = {t.name.partition(".")[0] for t in _states(subject) if is_state(t.name)}
+    except CkptToolError as error:
+        text = f"what lies in {FOLDER}/ cannot be read as states: {error.problems[0].message}"
+        yield Finding("bits", "optimizer", "skipped", text, data={"open": True})
+        return
     if kinds := ", ".join(s for s in STATES if s in found):
         text = f"no manifest records the {kinds} that lie in {FOLDER}/, and they were compared with nothing"
         yield Finding("bits", "optimizer", "skipped", text, data={"open": True})
 
 
 def _states(subject: Subject) -> list[TensorInfo]:
-    """The tensors that lie in the output's folder of states, of files that can be opened."""
-    try:
-        whole = attached(subject.output)
-    except CkptToolError:
-        return []
+    """The tensors that lie in the output's folder of states. Raises what opening a file raises."""
+    whole = attached(subject.output)
     own = [f for n, f in whole.files.items() if n not in subject.output.files]
     found = [t for f in own for t in f.tensors.values()]
     for file in own:
@@ -114,8 +116,11 @@ def _document(subject: Subject, carried: Carried) -> Iterator[Finding]:
     """Whether the document has the steps, groups, schedule and numbers that the source gives."""
     assert carried.plan is not None
     planned = next(d for d in carried.plan.documents if d.name == DOCUMENT)
+    place = Path(subject.output.path) / DOCUMENT
     try:
-        with (Path(subject.output.path) / DOCUMENT).open("rb") as file:
+        if not place.is_file():  # opening a FIFO would wait for who writes into it
+            raise FileNotFoundError
+        with place.open("rb") as file:
             found = parse_object(file.read(MAX_BYTES + 1), file=DOCUMENT)
     except OSError:
         yield _fail("expected this file, found none that can be read", DOCUMENT)

@@ -211,6 +211,8 @@ def _proved(findings: Sequence[Finding]) -> str:
             text += f"; {part} {'by its bits alone' if by_bits else 'was not compared'}"
         if f.data.get("by_results"):  # of a graph, in which weights may be folded
             text += f"; {f.data['by_results']} are not in it as they are, and judged by these prompts alone"
+        if f.data.get("without"):
+            text += f"; {f.data['without']} left out with --drop and compared with nothing"
         if f.data.get("aside"):
             text += f"; {f.data['aside']}"
         if f.data.get("insisted"):

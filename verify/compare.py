@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from filecmp import cmp
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ from ckpt_tool.verify.tokenizer_ids import Difference
 
 JSON, TOKENIZER = "tokenizer.json", "tokenizer_config.json"
 GENERATION = "generation_config.json"
+OTHERS = "others"
 MODELS = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
@@ -506,16 +508,24 @@ def _taken(side: Shown) -> set[str]:
     return {n for n in listing(side.checkpoint.path).names if n not in known and taken_for(n)}
 
 
+def _other(a: Path, b: Path) -> str | None:
+    """What two files are in words; None where they have the same bytes. Links to folders are compared by
+    where they lead, and one to nothing cannot be."""
+    try:
+        return None if os.path.samefile(a, b) or cmp(a, b, shallow=False) else OTHERS
+    except OSError:
+        return "not readable"
+
+
 def _beside(one: Shown, other: Shown) -> Iterator[Finding]:
     """Files of one folder alone that loaders take with the model (adapters, code, other weights), or that are
     others in the second."""
     a, b = (_taken(side) for side in (one, other))
     for name in sorted(a & b):
-        if not cmp(one.checkpoint.path / name, other.checkpoint.path / name, shallow=False):
-            data = {"said": "files that loaders take with the model are others, which are noted"}
-            yield finding(
-                "tensors", "beside", "note", f"another file in B: {taken_for(name)}", name, data=data
-            )
+        if (how := _other(one.checkpoint.path / name, other.checkpoint.path / name)) is not None:
+            data = {"said": f"files that loaders take with the model are {how}, which are noted"}
+            text = "another file in B" if how == OTHERS else "cannot be read on both sides"
+            yield finding("tensors", "beside", "note", f"{text}: {taken_for(name)}", name, data=data)
     for label, own, others in (("A", a, b), ("B", b, a)):
         for name in sorted(own - others):
             text = f"{label} alone has {name}: {taken_for(name)}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ckpt_tool.convert.dtypes import that_lose
 from ckpt_tool.convert.kept import Manifest
 from ckpt_tool.convert.manifest import MANIFEST, headers_digest
+from ckpt_tool.convert.plan import ASKED
 from ckpt_tool.errors import printable
 from ckpt_tool.verify.report import Finding, Status
 from ckpt_tool.verify.subject import Subject
@@ -30,6 +31,36 @@ def confirm(subject: Subject) -> list[Finding]:
     return [*wrong, *notes]
 
 
+def said(subject: Subject, *, confirmed: bool) -> list[Finding]:
+    """What the verdict rests on besides the files, for its headline; `confirmed` where `confirm` has told
+    what the manifest alone tells."""
+    found = [*insisted(subject), *left_aside(subject), *dropped(subject)]
+    return found if confirmed else [*trusted(subject), *found]
+
+
+def trusted(subject: Subject) -> Iterator[Finding]:
+    """The facts that the manifest alone tells."""
+    if subject.recorded.trusted:
+        facts = "; ".join(subject.recorded.trusted[:SHOWN])
+        text = f"facts that only the manifest tells, as given with --set when converting: {facts}"
+        names = ", ".join(t.split(" ")[0] for t in subject.recorded.trusted[:SHOWN])
+        where = f"{MANIFEST}: options"
+        yield Finding(LEVEL, CHECK, "note", text, where, data={"trusted": names})
+
+
+def dropped(subject: Subject) -> Iterator[Finding]:
+    """The source's tensors that the user had left out by name, which nothing was compared with."""
+    plan, manifest = subject.plan, subject.manifest
+    names = list(manifest.options.get("drop") or ()) if manifest is not None else []
+    if plan is not None:  # which knows whether they were there
+        names = [d.tensor.name for d in plan.dropped if d.reason == ASKED]
+    if names:
+        count = f"{len(names)} tensor{'s' * (len(names) > 1)} of the source"
+        data = {"tensors": names[:100], "without": count}
+        text = f"left out of the output as asked for with --drop: {', '.join(names[:SHOWN])}"
+        yield Finding(LEVEL, CHECK, "note", text, f"{MANIFEST}: options.drop", data=data)
+
+
 def insisted(subject: Subject) -> list[Finding]:
     """What the user says now that the source's files say otherwise: the verdict is of these facts."""
     found = subject.recorded.insisted
@@ -43,17 +74,8 @@ def insisted(subject: Subject) -> list[Finding]:
 def left_aside(subject: Subject) -> list[Finding]:
     """What lies beside the source's weights and loaders put on top of them: the verdict is of these alone."""
     notes = () if subject.source is None else subject.source.notes
-    return [
-        Finding(
-            LEVEL,
-            "source",
-            "note",
-            note,
-            data={"aside": ASIDE},
-        )
-        for note in notes
-        if note.startswith(ADAPTER)
-    ]
+    found = [note for note in notes if note.startswith(ADAPTER)]
+    return [Finding(LEVEL, "source", "note", note, data={"aside": ASIDE}) for note in found]
 
 
 def _finding(status: Status, message: str, where: str | None = None) -> Finding:
@@ -72,12 +94,7 @@ def _family(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
 def _settings(subject: Subject) -> Iterator[Finding]:
     for text in subject.recorded.contradicts:
         yield _finding("fail", text, "options")
-    if subject.recorded.trusted:
-        facts = "; ".join(subject.recorded.trusted[:SHOWN])
-        text = f"facts that only the manifest tells, as given with --set when converting: {facts}"
-        names = ", ".join(t.split(" ")[0] for t in subject.recorded.trusted[:SHOWN])
-        where = f"{MANIFEST}: options"
-        yield Finding(LEVEL, CHECK, "note", text, where, data={"trusted": names})
+    yield from trusted(subject)
 
 
 def _plan(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
@@ -111,6 +128,3 @@ def _notes(subject: Subject, manifest: Manifest) -> Iterator[Finding]:
             odd = sorted(n for n in recorded.keys() | given if recorded.get(n) != given.get(n))
             text = f"the source given is not the one recorded: {', '.join(odd[:SHOWN])} differ"
             yield _finding("note", text, "sources")
-    if manifest.options.get("drop"):
-        names = ", ".join(manifest.options["drop"][:SHOWN])
-        yield _finding("note", f"left out of the output as asked for with --drop: {names}", "options.drop")

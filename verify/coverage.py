@@ -21,8 +21,8 @@ from ckpt_tool.convert.plan import ASKED, Options
 from ckpt_tool.convert.values import Values
 from ckpt_tool.errors import CkptToolError, Problem
 from ckpt_tool.records import dataclass
-from ckpt_tool.verify.accepting import undeclared, undeclared_cast
-from ckpt_tool.verify.claims import AS_SOURCE
+from ckpt_tool.verify.accepting import cast_as_recorded, undeclared, undeclared_cast
+from ckpt_tool.verify.claims import AS_SOURCE, CAST_FIRST
 from ckpt_tool.verify.in_order import in_order
 from ckpt_tool.verify.left_over import explained, is_table, left_over
 from ckpt_tool.verify.listed import leaves_out, listed
@@ -205,8 +205,11 @@ def _planned(subject: Subject) -> Iterator[Finding]:
     yield from _left_out(subject)
     yield from undeclared_cast(subject)
     yield from undeclared(subject)
-    for note in (*(n for n in plan.notes if n.startswith(WIDENED)), *plan.lossy):
+    for note in (n for n in plan.notes if n.startswith(WIDENED)):
         yield finding("dtype", "note", note)
+    data = {CAST_FIRST: True} if cast_as_recorded(subject) else {}
+    for note in plan.lossy:
+        yield finding("dtype", "note", note, data=data)
 
 
 def _left_out(subject: Subject) -> Iterator[Finding]:

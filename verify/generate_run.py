@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ckpt_tool.checkpoint.strict_json import parse_object
-from ckpt_tool.errors import fail, fail_unread
+from ckpt_tool.errors import fail, fail_unread, printable
 from ckpt_tool.records import dataclass
 from ckpt_tool.verify.generate import Generated, generate
 from ckpt_tool.verify.generate_options import Options, of_model, options
@@ -29,6 +29,7 @@ DECODERS = re.compile(r"(ForCausalLM|LMHeadModel)$")
 # cache and one without are farther apart.
 BARS = {"float64": 1e-8, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.15}
 FLOORS = 10  # times what the cache alone moves
+SHOWN = 60  # characters of an option's value
 SHARE = 0.4  # of the free memory, which weights may take to stay there between two tokens
 
 
@@ -127,9 +128,9 @@ def said_by_source(subject: Subject) -> Mapping[str, Any] | None:
 
 
 def options_apart(one: Options, other: Options) -> list[str]:
-    """The options that are others, with the values of both."""
+    """The options that are others, with the values of both, long lists of ids cut."""
     return [
-        f"{f.name} {a} and {b}"
+        f"{f.name} {printable(a, SHOWN)} and {printable(b, SHOWN)}"
         for f in fields(Options)
         if (a := getattr(one, f.name)) != (b := getattr(other, f.name))
     ]
@@ -185,9 +186,7 @@ class Apart:
 
     worst: float
     first: str | None = None
-    tie: bool = (
-        False  # by the same options, with scores of all that both read nearer to each other than the bar
-    )
+    tie: bool = False  # by the same options, and scores of all that both read were within the bar
 
 
 def compared(one: Made, other: Made, bar: float) -> Apart:

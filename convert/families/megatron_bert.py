@@ -143,6 +143,7 @@ CLASS = Class(
     tied={"cls.predictions.decoder.weight": "", "cls.predictions.decoder.bias": "cls.predictions.bias"},
     dropouts={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     heads={**ENCODER_HEADS, "ForCausalLM": (), "ForNextSentencePrediction": ()},
+    tokenizer="BertTokenizer",
 )
 
 

@@ -237,7 +237,11 @@ CLASS = Class(
         "tie_word_embeddings": True,
     },
     {**IDS, "max_position_embeddings": 2048},
-    idle={**DECODER, "learned_embeddings": "not read: positions are always learned"},  # of Galactica
+    idle={
+        **DECODER,
+        "learned_embeddings": "not read: positions are always learned",  # of Galactica
+        "output_projection": "not read: tie_word_embeddings decides",  # of the published 13B
+    },
     words="decoder.embed_tokens.weight",
     positions="decoder.embed_positions.weight",
     dropouts={"dropout": 0.1, "attention_dropout": 0.0, "layerdrop": 0.0},
